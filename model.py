@@ -111,9 +111,9 @@ def main():
         [f"{v:,}" if isinstance(v, int) else v for v in row.values()]
         for row in [header, *rows, total]
     ]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*table)]
     for *cells, parameters in table:
-        text = "  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=False))
+        text = "  ".join(c.ljust(w) for c, w in zip(cells, widths))
         print(f"{text}  {parameters:>{widths[-1]}}")
 
     path = Path(__file__).resolve().parent / "images" / "architecture.png"

@@ -1,0 +1,144 @@
+"""Files that are whole or not there: safe writing, and checkpoints that can be trusted."""
+
+import io
+import os
+import zipfile
+from pathlib import Path
+
+import torch
+
+from utils.cli import DATASETS, Error, relative
+
+FORMAT = 1  # raise it whenever a checkpoint's keys change their meaning
+HISTORY = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
+FIELDS = {  # key of a checkpoint -> whether its value is one that train.py can have written
+    "model": lambda value: isinstance(value, dict),
+    "dataset": lambda value: value in DATASETS,
+    "classes": lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value),
+    "mean": lambda value: isinstance(value, float) and 0 <= value <= 1,
+    "std": lambda value: isinstance(value, float) and 0 < value <= 1,
+    "epoch": lambda value: isinstance(value, int) and value > 0,
+    "history": lambda value: bool(value) and all(tuple(row) == HISTORY for row in value),
+    "options": lambda value: isinstance(value, dict),
+    "torch": lambda value: isinstance(value, str),
+}
+SIZE_LIMIT = 64 * 2**20  # bytes; ours are below 1 MiB, the larger half of Glyphs is 46 MiB
+
+
+def write_file(path, data):
+    """Write the bytes `data` to `path`: after a crash the file is the old or the new one, whole.
+
+    Raises:
+        Error: the file cannot be written; what was there before is untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise Error(f"cannot write {relative(path)}: {error.strerror}") from error
+
+
+def save(obj, path):
+    """Write tensors and plain values, nested in dicts and lists, to `path`."""
+    buffer = io.BytesIO()
+    torch.save(obj, buffer)
+    write_file(path, buffer.getvalue())
+
+
+def load(path):
+    """Read what `save` wrote, onto the CPU. No code in the file is ever run.
+
+    Raises:
+        Error: the file is missing, too large, damaged, or holds more than tensors and plain values.
+    """
+    shown = relative(path)
+    try:
+        if Path(path).stat().st_size > SIZE_LIMIT:
+            raise Error(f"{shown} is too large to be one of this project's files")
+        buffer = io.BytesIO(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise Error(f"{shown} does not exist") from None
+    except OSError as error:
+        raise Error(f"cannot read {shown}: {error.strerror}") from error
+    try:
+        # torch.save writes a zip archive, but torch.load does not verify its CRC-32 sums.
+        with zipfile.ZipFile(buffer) as archive:
+            size = sum(record.file_size for record in archive.infolist())
+            intact = size <= SIZE_LIMIT and archive.testzip() is None
+        buffer.seek(0)
+        obj = torch.load(buffer, map_location="cpu", weights_only=True) if intact else None
+    except Exception as error:  # a damaged file can fail in any way, a hostile one in even more
+        raise Error(f"{shown} is damaged, or no file of this project") from error
+    if not intact:
+        raise Error(f"{shown} is damaged: its contents do not match its checksum")
+    return obj
+
+
+def load_checkpoint(path):
+    """Read a checkpoint: a dict with the keys that `train.py` wrote.
+
+    Raises:
+        Error: as `load`; also if it is no checkpoint, or one from a newer format.
+    """
+    checkpoint = load(path)
+    shown = relative(path)
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("format"), int):
+        raise Error(f"{shown} is not a checkpoint of train.py")
+    if checkpoint["format"] > FORMAT:
+        raise Error(
+            f"{shown} has format {checkpoint['format']}, this version reads up to {FORMAT}: "
+            "update the project"
+        )
+    for key, is_right in FIELDS.items():
+        if key not in checkpoint or not is_right(checkpoint[key]):
+            raise Error(f"{shown} is not a checkpoint of train.py: its {key} is missing or wrong")
+    return checkpoint
+
+
+def restore(model, checkpoint, path):
+    """Put the weights of `checkpoint`, read from `path`, into `model`.
+
+    Raises:
+        Error: names or shapes differ from the model's, or a weight is not finite.
+    """
+    ours, theirs = model.state_dict(), checkpoint["model"]
+    for name in ours | theirs:
+        if name not in ours or not isinstance(theirs.get(name), torch.Tensor):
+            raise Error(f"{relative(path)} is not a LeNet-5: {name} is missing or unknown")
+        want, have = tuple(ours[name].shape), tuple(theirs[name].shape)
+        if want != have:
+            raise Error(f"{relative(path)} is not a LeNet-5: {name} has shape {have}, not {want}")
+        if not (theirs[name].layout == torch.strided and theirs[name].isfinite().all()):
+            raise Error(f"{relative(path)} is useless: {name} has values that are not finite")
+    model.load_state_dict(theirs)
+
+
+def newest(checkpoint_dir, dataset, name):
+    """Return the newest D/`name` below `checkpoint_dir`, D being `dataset` or any; None if none."""
+    names = DATASETS if dataset == "auto" else [dataset]
+    paths = [Path(checkpoint_dir) / each / name for each in names]
+    return max((p for p in paths if p.exists()), key=lambda p: p.stat().st_mtime, default=None)
+
+
+def make_folder(path):
+    """Make the folder `path` where it is missing.
+
+    Raises:
+        Error: it cannot be made, or files cannot be written into it.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Error(f"cannot make the folder {relative(path)}: {error.strerror}") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise Error(f"cannot write into the folder {relative(path)}: choose another one")
