@@ -28,7 +28,7 @@ def wilson_interval(correct, total, z=1.96):
 
 
 def confusion_matrix(labels, predicted, num_classes):
-    """Count the pairs of true class (row) and predicted class (column); int64, classes x classes."""
+    """Count how often each true class (row) was predicted as each class (column); int64."""
     pairs = labels * num_classes + predicted
     return pairs.bincount(minlength=num_classes**2).view(num_classes, num_classes)
 
@@ -85,7 +85,7 @@ def report_test_set(args, checkpoint, images, labels, logits):
         for i in indices.tolist():
             share = f" {confidence[i]:.1%}" if percent else ""
             if right[i]:
-                yield f"\N{CHECK MARK} {classes[predicted[i]]}{share}"
+                yield f"\N{CHECK MARK} {classes[predicted[i]]}{share}\n"  # as high as the others
             else:
                 yield f"\N{BALLOT X} {classes[predicted[i]]}{share}\nis {classes[labels[i]]}"
 

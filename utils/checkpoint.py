@@ -18,7 +18,11 @@ FIELDS = {  # key of a checkpoint -> whether its value is one that train.py can 
     "mean": lambda value: isinstance(value, float) and 0 <= value <= 1,
     "std": lambda value: isinstance(value, float) and 0 < value <= 1,
     "epoch": lambda value: isinstance(value, int) and value > 0,
-    "history": lambda value: bool(value) and all(tuple(row) == HISTORY for row in value),
+    "history": lambda value: (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(row, dict) and tuple(row) == HISTORY for row in value)
+    ),
     "options": lambda value: isinstance(value, dict),
     "torch": lambda value: isinstance(value, str),
 }

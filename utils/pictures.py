@@ -40,14 +40,15 @@ def load_picture(path, dataset):
     x = x[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     scale = BOX[dataset] / max(x.shape)
     height, width = (max(1, round(side * scale)) for side in x.shape)
-    x = np.array(Image.fromarray(x).resize((width, height), Image.Resampling.LANCZOS), dtype=float)
+    x = np.array(Image.fromarray(x).resize((width, height), Image.Resampling.BILINEAR), dtype=float)
     x = (255 * x / x.max()).round().astype(np.uint8)
 
+    # MNIST's centres of mass lie on pixel 14 of 0 to 27, not on 13.5.
     middle = (height - 1) / 2, (width - 1) / 2
     if dataset == "MNIST":
         middle = [(np.indices(x.shape)[axis] * x).sum() / x.sum() for axis in (0, 1)]
     top, left = (
-        int(np.clip(round(13.5 - m), 0, 28 - side)) for m, side in zip(middle, (height, width))
+        int(np.clip(round(14 - m), 0, 28 - side)) for m, side in zip(middle, (height, width))
     )
     image = torch.zeros(28, 28, dtype=torch.uint8)
     image[top : top + height, left : left + width] = torch.from_numpy(x)

@@ -74,7 +74,7 @@ def plot_grid(images, captions, title, path, right=None):
     """Draw images in rows of eight, each with its caption.
 
     Args:
-        images: N x H x W, any dtype, N > 0.
+        images: tensor, N x H x W, any dtype, N > 0.
         captions: N strings of one or two lines.
         right: N bools; captions are green where True, red with a red frame where False.
     """
@@ -86,11 +86,11 @@ def plot_grid(images, captions, title, path, right=None):
     for i, (ax, image, caption) in enumerate(zip(axes.flat, images, captions)):
         ax.axis("on")
         ax.set(xticks=[], yticks=[])
-        ax.imshow(image, cmap="gray")
+        ax.imshow(image.numpy(), cmap="gray")
         colour = "black" if right is None else GREEN if right[i] else RED
-        ax.set_xlabel(caption, color=colour, fontsize=11, labelpad=3)
+        ax.set_xlabel(caption, color=colour, fontsize=10, labelpad=3)
         ax.spines[:].set(color=colour, linewidth=3 if colour == RED else 1)
-    figure.suptitle(title, fontsize=15)
+    figure.suptitle(title, fontsize=16)
     _write(figure, path)
 
 
@@ -102,7 +102,7 @@ def plot_confusion(confusion, classes, title, path):
     """
     share = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
     figure, ax = _figure(8.5, 7.6)
-    picture = ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    picture = ax.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
     for i, row in enumerate(confusion.tolist()):
         for j, count in enumerate(row):
             colour = "white" if share[i, j] > 0.5 else "black" if count else "#b0b0b0"

@@ -1,0 +1,353 @@
+"""Training: it learns, it is repeatable, and it goes on where it was interrupted."""
+
+import csv
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import OFFLINE, ROOT
+
+import train
+import utils
+
+SMALL = ["--dataset=Glyphs", "--limit=1500", "--epochs=4", "--batch-size=100"]
+
+
+def load(tmp_path, name):
+    return utils.load_checkpoint(tmp_path / "checkpoints" / "Glyphs" / name)
+
+
+def expect_same_run(one, other):
+    """All that a run leaves behind, bit for bit."""
+    for name in ("best.pt", "last.pt"):
+        first, second = load(one, name), load(other, name)
+        assert flatten(first) == flatten(second)
+    csvs = [(folder / "images" / "Glyphs" / "metrics.csv").read_bytes() for folder in (one, other)]
+    assert csvs[0] == csvs[1]
+
+
+def flatten(value):
+    """Turn nested dicts, lists and tensors into something that == compares bit for bit."""
+    if isinstance(value, dict):
+        return {key: flatten(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [flatten(item) for item in value]
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), list(value.shape), value.numpy().tobytes()
+    return value
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory, glyphs_dir):
+    """The folder of a small run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("small")
+    assert train.main([*SMALL, *options(folder, glyphs_dir)]) == 0
+    return folder
+
+
+def options(folder, glyphs_dir):
+    return [
+        f"--data-dir={glyphs_dir}",
+        f"--checkpoint-dir={folder / 'checkpoints'}",
+        f"--image-dir={folder / 'images'}",
+        "--device=cpu",
+    ]
+
+
+def test_it_learns_glyphs_in_three_epochs(glyphs_run):
+    history = load(glyphs_run, "last.pt")["history"]
+    assert len(history) == 3
+    assert history[-1]["val_accuracy"] > 0.9
+    assert history[-1]["train_loss"] < history[0]["train_loss"] / 2
+
+
+def test_two_epochs_on_real_data_reach_83_percent(real_data, tmp_path):
+    folders = options(tmp_path, real_data)
+    assert train.main(["--dataset=FashionMNIST", "--epochs=2", *folders]) == 0
+    best = utils.load_checkpoint(tmp_path / "checkpoints" / "FashionMNIST" / "best.pt")
+    assert best["history"][-1]["val_accuracy"] > 0.83
+
+
+def test_checkpoints_say_what_they_are(small_run):
+    best, last = load(small_run, "best.pt"), load(small_run, "last.pt")
+    for checkpoint in (best, last):
+        assert checkpoint["format"] == utils.FORMAT
+        assert checkpoint["dataset"] == "Glyphs"
+        assert checkpoint["classes"] == list("0123456789")
+        assert checkpoint["options"]["limit"] == 1500
+        assert checkpoint["torch"] == str(torch.__version__)
+        assert len(checkpoint["history"]) == checkpoint["epoch"]
+    assert last["epoch"] == 4
+    assert {"optimizer", "scheduler", "random"} <= last.keys()
+    assert not {"optimizer", "scheduler", "random"} & best.keys()
+    accuracies = [row["val_accuracy"] for row in last["history"]]
+    assert best["epoch"] == accuracies.index(max(accuracies)) + 1
+
+
+def test_best_weights_have_the_accuracy_of_the_best_epoch(small_run, glyphs_dir):
+    best = load(small_run, "best.pt")
+    images, labels = utils.load_images("Glyphs", glyphs_dir, "train")
+    _, (images, labels) = utils.split_train_validation(images, labels)
+    model = train.LeNet()
+    utils.restore(model, best, "best.pt")
+    loss, accuracy = train.evaluate(model, images[:1500], labels[:1500], best["mean"], best["std"])
+    assert accuracy == best["history"][-1]["val_accuracy"]
+    assert loss == pytest.approx(best["history"][-1]["val_loss"], rel=1e-5)
+
+
+def test_mean_and_std_are_those_of_the_train_split(small_run, glyphs_dir):
+    images, labels = utils.load_images("Glyphs", glyphs_dir, "train")
+    (images, _), _ = utils.split_train_validation(images, labels)
+    best = load(small_run, "best.pt")
+    assert (best["mean"], best["std"]) == utils.pixel_statistics(images)
+
+
+def test_metrics_are_written_and_drawn(small_run):
+    folder = small_run / "images" / "Glyphs"
+    rows = list(csv.DictReader(io.StringIO((folder / "metrics.csv").read_text())))
+    history = load(small_run, "last.pt")["history"]
+    assert [{key: float(value) for key, value in row.items()} for row in rows] == history
+    assert (folder / "metrics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_same_seed_same_weights_other_seed_other_weights(tmp_path, small_run, glyphs_dir):
+    torch.rand(7)  # what happened before has no influence
+    assert train.main([*SMALL, *options(tmp_path, glyphs_dir)]) == 0
+    expect_same_run(tmp_path, small_run)
+    assert train.main([*SMALL, "--seed=1", *options(tmp_path, glyphs_dir)]) == 0
+    assert flatten(load(tmp_path, "last.pt")["model"]) != flatten(
+        load(small_run, "last.pt")["model"]
+    )
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 4])
+def test_resume_after_an_interrupt_ends_with_the_same_run(
+    tmp_path, small_run, glyphs_dir, monkeypatch, capsys, epoch
+):
+    real, calls = train.LeNet.forward, []
+
+    def interrupted(self, x):
+        calls.append(self.training)
+        if sum(calls) == 15 * (epoch - 1) + 8:  # in the middle of the epoch's 15 batches
+            raise KeyboardInterrupt
+        return real(self, x)
+
+    folders = options(tmp_path, glyphs_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.LeNet, "forward", interrupted)
+        assert train.main([*SMALL, *folders]) == 130
+    err = capsys.readouterr().err
+    if epoch == 1:
+        assert "no epoch was saved yet" in err
+        with pytest.raises(utils.Error, match="no run"):
+            train.main(["--resume", *folders])
+        return
+    assert f"epoch {epoch - 1} is saved" in err
+    assert f"--resume --dataset Glyphs --data-dir {glyphs_dir}" in err
+    assert len(load(tmp_path, "last.pt")["history"]) == epoch - 1
+    assert train.main(["--resume", *folders]) == 0
+    expect_same_run(tmp_path, small_run)
+
+
+def test_resume_after_a_signal_ends_with_the_same_run(tmp_path, glyphs_dir):
+    """The script as a user runs it, and Ctrl-C in the middle of an epoch."""
+    command = [sys.executable, ROOT / "train.py", "--dataset=Glyphs", "--limit=6000", "--epochs=3"]
+    folders = options(tmp_path / "stopped", glyphs_dir)
+    process = subprocess.Popen(
+        [*command, *folders],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | OFFLINE,
+    )
+    for line in process.stdout:
+        if re.match(r" *1/3 ", line):
+            break
+    while not (tmp_path / "stopped" / "images" / "Glyphs" / "metrics.png").exists():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "is saved" in err
+    assert "Traceback" not in err
+
+    subprocess.run([*command[:2], "--resume", *folders], check=True, capture_output=True)
+    straight = options(tmp_path / "straight", glyphs_dir)
+    subprocess.run([*command, *straight], check=True, capture_output=True)
+    expect_same_run(tmp_path / "stopped", tmp_path / "straight")
+
+
+def test_crash_between_last_and_best_is_mended(tmp_path, small_run, glyphs_dir, monkeypatch):
+    """The first save of best.pt never happens; resuming makes up for it."""
+    real = utils.save
+
+    def crash(checkpoint, path):
+        if path.name == "best.pt":
+            raise MemoryError
+        real(checkpoint, path)
+
+    folders = options(tmp_path, glyphs_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "save", crash)
+        with pytest.raises(MemoryError):
+            train.main([*SMALL, *folders])
+    assert train.main(["--resume", *folders]) == 0
+    expect_same_run(tmp_path, small_run)
+
+
+def test_resume_of_a_complete_run_changes_nothing(tmp_path, glyphs_dir, capsys):
+    folders = options(tmp_path, glyphs_dir)
+    train.main([*SMALL, "--epochs=1", *folders])
+    before = flatten(load(tmp_path, "last.pt"))
+    assert train.main(["--resume", *folders]) == 0
+    assert "Best epoch: 1 of 1" in capsys.readouterr().out
+    assert flatten(load(tmp_path, "last.pt")) == before
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--epochs=5",
+        "--epochs=3",
+        "--batch-size=7",
+        "--lr=0.5",
+        "--weight-decay=0",
+        "--seed=3",
+        "--limit=77",
+    ],
+)
+def test_resume_refuses_options_that_contradict_the_run(small_run, glyphs_dir, option):
+    before = flatten(load(small_run, "last.pt"))
+    name, value = option.split("=")
+    with pytest.raises(utils.Error, match=f"^{name} {value}.* contradicts .*last.pt"):
+        train.main(["--resume", option, *options(small_run, glyphs_dir)])
+    assert flatten(load(small_run, "last.pt")) == before
+
+
+def test_resume_accepts_the_same_options_again(small_run, glyphs_dir):
+    assert train.main(["--resume", *SMALL, *options(small_run, glyphs_dir)]) == 0
+
+
+def test_resume_of_another_data_set_finds_no_run(small_run, glyphs_dir):
+    with pytest.raises(utils.Error, match="no run on MNIST"):
+        train.main(["--resume", "--dataset=MNIST", *options(small_run, glyphs_dir)])
+
+
+def test_resume_refuses_weights_without_their_training_state(tmp_path, small_run, glyphs_dir):
+    folder = tmp_path / "checkpoints" / "Glyphs"
+    folder.mkdir(parents=True)
+    (folder / "last.pt").write_bytes(
+        (small_run / "checkpoints" / "Glyphs" / "best.pt").read_bytes()
+    )
+    with pytest.raises(utils.Error, match="cannot be resumed"):
+        train.main(["--resume", *options(tmp_path, glyphs_dir)])
+
+
+def test_new_run_says_that_it_overwrites_an_unfinished_one(tmp_path, glyphs_dir, capsys):
+    folders = options(tmp_path, glyphs_dir)
+    train.main([*SMALL, *folders])
+    assert "unfinished" not in capsys.readouterr().err
+    last = load(tmp_path, "last.pt")
+    last["options"]["epochs"] = 9
+    utils.save(last, tmp_path / "checkpoints" / "Glyphs" / "last.pt")
+    train.main([*SMALL, "--epochs=1", *folders])
+    assert "unfinished run" in capsys.readouterr().err
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_leaves_the_weights(
+    tmp_path, glyphs_dir, monkeypatch
+):
+    folders = options(tmp_path, glyphs_dir)
+    real, calls = train.F.cross_entropy, []
+
+    def explode(logits, labels):
+        calls.append(logits.requires_grad)
+        return real(logits, labels) * (float("inf") if sum(calls) == 20 else 1)
+
+    monkeypatch.setattr(train.F, "cross_entropy", explode)
+    with pytest.raises(utils.Error, match=r"epoch 2.*not finite|no longer finite.*smaller --lr"):
+        train.main([*SMALL, *folders])
+    assert sum(calls) == 20  # at once
+    last = load(tmp_path, "last.pt")
+    assert last["epoch"] == 1
+    assert all(tensor.isfinite().all() for tensor in last["model"].values())
+
+
+def test_absurd_learning_rate_ends_with_a_message(tmp_path, glyphs_dir):
+    with pytest.raises(utils.Error, match="smaller --lr"):
+        train.main([*SMALL, "--lr=1e30", *options(tmp_path, glyphs_dir)])
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_accuracy_at_chance_is_warned_of(tmp_path, glyphs_dir, capsys):
+    train.main([*SMALL, "--lr=1e-9", "--epochs=2", *options(tmp_path, glyphs_dir)])
+    assert "chance" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("limit", "batch", "epochs"), [(1, 1, 1), (1, 128, 2), (5, 2, 1)])
+def test_very_short_runs_work(tmp_path, glyphs_dir, limit, batch, epochs):
+    line = [f"--limit={limit}", f"--batch-size={batch}", f"--epochs={epochs}", "--dataset=Glyphs"]
+    assert train.main([*line, *options(tmp_path, glyphs_dir)]) == 0
+
+
+def test_output_without_a_terminal_is_plain(tmp_path, glyphs_dir, capsys):
+    train.main([*SMALL, "--epochs=2", *options(tmp_path, glyphs_dir)])
+    out, err = capsys.readouterr()
+    assert not err
+    assert "\r" not in out
+    assert "\x1b" not in out
+    assert "Glyphs: 1,500 images to train on, 1,500 for validation" in out
+    rows = [line for line in out.splitlines() if re.match(r" +[12]/2 ", line)]
+    assert len(rows) == 2
+    assert len({len(row.removesuffix("  best so far")) for row in rows}) == 1  # aligned
+    assert re.search(r"Best epoch: \d of 2, validation accuracy on Glyphs .*/1500\)", out)
+    assert "python test.py --dataset Glyphs" in out
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--epochs 0",
+        "--epochs -1",
+        "--epochs 2.5",
+        "--epochs many",
+        "--epochs 99999999999999999999",
+        "--batch-size 0",
+        "--lr 0",
+        "--lr -0.1",
+        "--lr nan",
+        "--lr inf",
+        "--weight-decay -1",
+        "--weight-decay nan",
+        "--seed -1",
+        "--limit 0",
+        "--dataset CIFAR10",
+        "--device tpu",
+        "--epoch 3",
+        "--resume now",
+    ],
+)
+def test_bad_options_are_refused_in_one_line(folders, tmp_path, line):
+    with pytest.raises(utils.Error) as caught:
+        train.main([*folders, *line.split()])
+    assert line.split()[-1] in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_device_that_is_not_there_is_refused(folders):
+    with pytest.raises(utils.Error, match="cuda is not available"):
+        train.main(["--dataset=Glyphs", *folders[:3], "--device=cuda"])
+
+
+def test_folder_that_is_a_file_is_refused(tmp_path, glyphs_dir):
+    (tmp_path / "checkpoints").write_text("mine")
+    with pytest.raises(utils.Error, match="checkpoints"):
+        train.main([*SMALL, *options(tmp_path, glyphs_dir)])
+    assert (tmp_path / "checkpoints").read_text() == "mine"
