@@ -120,8 +120,8 @@ def main(argv=None):
             train_row = train_epoch(model, optimizer, scheduler, *train, mean, std, args.batch_size)
             val_row = evaluate(model, *val, mean, std)
             rate = scheduler.get_last_lr()[0]
+            seconds = time.perf_counter() - start
             history.append(dict(zip(utils.HISTORY, (epoch, rate, *train_row, *val_row))))
-            print_epoch(history, args.epochs, time.perf_counter() - start)
 
             training_state = {
                 "optimizer": optimizer.state_dict(),
@@ -131,6 +131,7 @@ def main(argv=None):
             progress = {"epoch": epoch, "history": history, "model": model.state_dict()}
             save_run(about | progress | training_state, run_dir)
             finished = epoch
+            print_epoch(history, args.epochs, seconds)
             write_metrics(history, args.dataset, image_dir)
             if epoch == 2 and history[-1]["val_accuracy"] < 1.5 / len(classes):
                 print(
@@ -144,7 +145,7 @@ def main(argv=None):
             f"{saved_so_far(run_dir, finished)}"
         ) from error
     except KeyboardInterrupt:
-        print(f"\nStopped in epoch {epoch}: {saved_so_far(run_dir, finished)}.", file=sys.stderr)
+        print(f"\nStopped: {saved_so_far(run_dir, finished)}.", file=sys.stderr)
         if finished:
             print(f"Go on with: {utils.command('train.py --resume', args)}", file=sys.stderr)
         return 130
@@ -178,9 +179,9 @@ def parse_args(argv):
     whole, positive = utils.number(int, 1), utils.number(float, 0, above=True)
     parser.add_argument("--epochs", type=whole, default=20, help="passes over the train split")
     parser.add_argument("--batch-size", type=whole, default=128, help="images per step")
-    parser.add_argument("--lr", type=positive, default=1e-2, help="peak of the learning rate")
+    parser.add_argument("--lr", type=positive, default=2e-2, help="peak of the learning rate")
     parser.add_argument(
-        "--weight-decay", type=utils.number(float, 0), default=1e-2, help="of AdamW, decoupled"
+        "--weight-decay", type=utils.number(float, 0), default=3e-2, help="of AdamW, decoupled"
     )
     parser.add_argument(
         "--seed", type=utils.number(int, 0), default=0, help="for the weights and the order"
@@ -203,6 +204,8 @@ def parse_args(argv):
         )
     checkpoint = utils.load_checkpoint(path)
     saved = checkpoint["options"]
+    if path.parent.name != checkpoint["dataset"]:
+        raise utils.Error(f"{utils.relative(path)} belongs to a run on {checkpoint['dataset']}")
     flags = {name: f"--{name.replace('_', '-')}" for name in RUN_OPTIONS}
     # Read as if typed, and so checked as well; what is typed now comes after it and wins.
     typed = [f"{flags.get(name)}={value}" for name, value in saved.items() if value is not None]

@@ -4,6 +4,7 @@ import io
 import pickle
 import random
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,7 +67,8 @@ def test_round_trip(path):
 
 def test_missing_file_and_folder(path, tmp_path):
     refuse(path, "does not exist")
-    refuse(tmp_path, "cannot read")
+    refuse(tmp_path, "no file")
+    refuse(Path("/dev/zero"), "no file")
 
 
 def test_every_truncation_is_refused(path):
@@ -146,6 +148,7 @@ def test_tensor_that_claims_a_huge_shape_is_refused(path):
         (make_checkpoint(history=[]), "history"),
         (make_checkpoint(history=[{"epoch": 1}]), "history"),
         (make_checkpoint(history=3), "history"),
+        (make_checkpoint(history=[dict.fromkeys(utils.HISTORY, "high")]), "history"),
         (make_checkpoint(options=[]), "options"),
         (make_checkpoint(model=[]), "model"),
         (make_checkpoint(model={}), "c1.weight"),

@@ -165,7 +165,7 @@ def test_contradictions_and_bad_options_are_refused(options, glyphs_run, tmp_pat
     for line, match in (
         ([f"--checkpoint={best}", "--dataset=MNIST"], "trained on Glyphs, not MNIST"),
         ([f"--checkpoint={tmp_path / 'none.pt'}"], "does not exist"),
-        ([f"--checkpoint={tmp_path}"], "cannot read"),
+        ([f"--checkpoint={tmp_path}"], "no file"),
         (["--seed=-1"], "-1"),
         (["--image"], "--image"),
         (["--limit=3"], "--limit"),

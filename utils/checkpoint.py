@@ -22,6 +22,7 @@ FIELDS = {  # key of a checkpoint -> whether its value is one that train.py can 
         isinstance(value, list)
         and len(value) > 0
         and all(isinstance(row, dict) and tuple(row) == HISTORY for row in value)
+        and all(isinstance(number, int | float) for row in value for number in row.values())
     ),
     "options": lambda value: isinstance(value, dict),
     "torch": lambda value: isinstance(value, str),
@@ -65,11 +66,13 @@ def load(path):
     Raises:
         Error: the file is missing, too large, damaged, or holds more than tensors and plain values.
     """
-    shown = relative(path)
+    path, shown = Path(path), relative(path)
     try:
-        if Path(path).stat().st_size > SIZE_LIMIT:
-            raise Error(f"{shown} is too large to be one of this project's files")
-        buffer = io.BytesIO(Path(path).read_bytes())
+        size = path.stat().st_size
+        if not path.is_file() or size > SIZE_LIMIT:
+            what = f"too large ({size:,} bytes)" if path.is_file() else "no file"
+            raise Error(f"{shown} is not one of this project's checkpoints: it is {what}")
+        buffer = io.BytesIO(path.read_bytes())
     except FileNotFoundError:
         raise Error(f"{shown} does not exist") from None
     except OSError as error:
