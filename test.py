@@ -7,7 +7,6 @@ python test.py --image shoe.jpg bag.png   your own pictures
 
 import math
 from pathlib import Path
-from textwrap import shorten
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +82,7 @@ def report_test_set(args, checkpoint, images, labels, logits):
 
     def captions(indices, percent=False):
         for i in indices.tolist():
-            share = f" {confidence[i]:.1%}" if percent else ""
+            share = f" ({confidence[i]:.1%})" if percent else ""
             if right[i]:
                 yield f"\N{CHECK MARK} {classes[predicted[i]]}{share}\n"  # as high as the others
             else:
@@ -116,7 +115,8 @@ def report_pictures(args, checkpoint, images, logits):
     for file, row in zip(args.image, logits.softmax(dim=1)):
         best = [f"{classes[i]} {p:.1%}" for p, i in zip(*row.topk(3))]
         print(f"{file}: {', '.join(best)}")
-        captions.append(f"{shorten(file.name)}\n{best[0]}")
+        name = file.name if len(file.name) <= 18 else f"{file.name[:8]}…{file.name[-9:]}"
+        captions.append(f"{name}\n{best[0]}")
     path = args.image_dir / "own.png"
     title = f"What LeNet-5, trained on {dataset}, sees"
     utils.plot_grid(F.pad(images, (2, 2, 2, 2)), captions, title, path)

@@ -165,6 +165,7 @@ def test_tensor_that_claims_a_huge_shape_is_refused(path):
         ),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 def test_what_is_no_checkpoint_of_ours_is_refused(path, content, match):
     utils.save(content, path)
     refuse(path, match)

@@ -51,7 +51,17 @@ def test_hostile_checkpoint_is_one_line_and_status_2(run_script, tmp_path):
 
 
 def test_help_states_the_defaults(run_script):
-    defaults = ("auto", 20, 128, 0.01, 0, ROOT / "data", ROOT / "checkpoints", ROOT / "images")
+    defaults = (
+        "auto",
+        20,
+        128,
+        0.02,
+        0.03,
+        0,
+        ROOT / "data",
+        ROOT / "checkpoints",
+        ROOT / "images",
+    )
     text = "".join(run_script("train.py", "--help").stdout.split())
     for default in defaults:
         assert f"(default:{default})".replace(" ", "") in text

@@ -110,7 +110,7 @@ def test_captions_of_the_64_are_right(options, monkeypatch):
     for caption, ok in zip(captions, right):
         assert re.fullmatch(r"\u2713 \d\n?" if ok else r"\u2717 \d\nis \d", caption)
     assert not wrong_right.any()
-    shares = [float(re.fullmatch(r"\u2717 \d (.*)%\nis \d", c)[1]) for c in wrong_captions]
+    shares = [float(re.fullmatch(r"\u2717 \d \((.*)%\)\nis \d", c)[1]) for c in wrong_captions]
     assert shares == sorted(shares, reverse=True)
 
 

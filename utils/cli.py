@@ -25,7 +25,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Adds the default to each option's help, if it has one."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        without = action.default is None or action.default is False  # but 0 is a default
+        return action.help if without else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,16 +65,19 @@ def run(main):
 
 def number(kind, low, above=False):
     """Return an argparse type: a finite int or float (`kind`), at least `low` or above it."""
-    name = "a whole number" if kind is int else "a number"
-    bound = f"above {low}" if above else f"of {low} or more"
+    high = 2**63 - 1 if kind is int else sys.float_info.max
+    if kind is int:
+        expected = f"a whole number from {low} to {high}"
+    else:
+        expected = f"a number {'above' if above else 'of at least'} {low}"
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value < 2**63 or (above and value == low):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} {bound}")
+        if not low <= value <= high or (above and value == low):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
         return value
 
     return parse

@@ -88,7 +88,7 @@ def plot_grid(images, captions, title, path, right=None):
         ax.set(xticks=[], yticks=[])
         ax.imshow(image.numpy(), cmap="gray")
         colour = "black" if right is None else GREEN if right[i] else RED
-        ax.set_xlabel(caption, color=colour, fontsize=10, labelpad=3)
+        ax.set_xlabel(caption, color=colour, fontsize=9.5, labelpad=3)
         ax.spines[:].set(color=colour, linewidth=3 if colour == RED else 1)
     figure.suptitle(title, fontsize=16)
     _write(figure, path)
