@@ -113,7 +113,7 @@ def report_pictures(args, checkpoint, images, logits):
     dataset, classes = checkpoint["dataset"], checkpoint["classes"]
     captions = []
     for file, row in zip(args.image, logits.softmax(dim=1)):
-        best = [f"{classes[i]} {p:.1%}" for p, i in zip(*row.topk(3))]
+        best = [f"{classes[i]} ({p:.1%})" for p, i in zip(*row.topk(3))]
         print(f"{file}: {', '.join(best)}")
         name = file.name if len(file.name) <= 18 else f"{file.name[:8]}…{file.name[-9:]}"
         captions.append(f"{name}\n{best[0]}")

@@ -187,7 +187,7 @@ def test_own_pictures_are_classified(options, tmp_path, glyphs_dir, capsys):
     assert judge.main([*options, "--image", *map(str, paths)]) == 0
     out = capsys.readouterr().out
     for path in paths:
-        line = re.search(rf"{path.name}: (\d) (.*?)%, (\d) (.*?)%, (\d) (.*?)%\n", out)
+        line = re.search(rf"{path.name}: (\d) \((.*?)%\), (\d) \((.*?)%\), (\d) \((.*?)%\)\n", out)
         shares = [float(share) for share in line.groups()[1::2]]
         assert shares == sorted(shares, reverse=True)
         assert sum(shares) <= 100.2

@@ -80,7 +80,7 @@ def plot_grid(images, captions, title, path, right=None):
     """
     columns = min(8, len(images))
     rows = -(-len(images) // columns)
-    figure, axes = _figure(1.6 * columns, 1.9 * rows + 0.5, rows, columns, squeeze=False)
+    figure, axes = _figure(max(1.6 * columns, 4.8), 1.9 * rows + 0.5, rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
     for i, (ax, image, caption) in enumerate(zip(axes.flat, images, captions)):
@@ -90,7 +90,7 @@ def plot_grid(images, captions, title, path, right=None):
         colour = "black" if right is None else GREEN if right[i] else RED
         ax.set_xlabel(caption, color=colour, fontsize=9.5, labelpad=3)
         ax.spines[:].set(color=colour, linewidth=3 if colour == RED else 1)
-    figure.suptitle(title, fontsize=16)
+    figure.suptitle(title, fontsize=16 if columns == 8 else 12)
     _write(figure, path)
 
 
