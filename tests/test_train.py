@@ -164,6 +164,8 @@ def test_resume_after_a_signal_ends_with_the_same_run(tmp_path, glyphs_dir):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | OFFLINE,
+        # A background shell ignores Ctrl-C, and its children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     for line in process.stdout:
         if re.match(r" *1/3 ", line):
