@@ -16,7 +16,7 @@ FONTS = {
         *("DejaVuSansMono", "DejaVuSansMono-Bold"),
         *("DejaVuSansMono-Oblique", "DejaVuSansMono-BoldOblique"),
         *("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic"),
-        *("cmr10", "cmb10", "cmti10", "cmss10", "cmtt10"),
+        *("cmr10", "cmb10", "cmss10", "cmtt10"),
     ],
     "test": ["STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta"],
 }
