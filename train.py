@@ -150,7 +150,7 @@ def main(argv=None):
             print(f"Go on with: {utils.command('train.py --resume', args)}", file=sys.stderr)
         return 130
 
-    best = best_epoch(history)
+    best = utils.best_epoch(history)
     correct = round(best["val_accuracy"] * len(val[1]))
     print(
         f"\nBest epoch: {best['epoch']} of {args.epochs}, validation accuracy on {args.dataset} "
@@ -246,14 +246,9 @@ def save_run(checkpoint, run_dir):
     best.pt up to date.
     """
     utils.save(checkpoint, run_dir / "last.pt")
-    if best_epoch(checkpoint["history"]) is checkpoint["history"][-1]:
+    if utils.best_epoch(checkpoint["history"]) is checkpoint["history"][-1]:
         best = {key: value for key, value in checkpoint.items() if key not in TRAINING_STATE}
         utils.save(best, run_dir / "best.pt")
-
-
-def best_epoch(history):
-    """Return the row with the highest validation accuracy, the first one of equals."""
-    return max(history, key=lambda row: row["val_accuracy"])
 
 
 def write_metrics(history, dataset, image_dir):
@@ -273,7 +268,7 @@ def print_epoch(history, epochs, seconds):
         f"{row['lr']:>13.2e}",
         f"{row['train_loss']:>12.4f}{row['train_accuracy']:>11.2%}",
         f"{row['val_loss']:>17.4f}{row['val_accuracy']:>11.2%}",
-        f"{seconds:>9.1f}" + ("  best so far" if best_epoch(history) is row else ""),
+        f"{seconds:>9.1f}" + ("  best so far" if utils.best_epoch(history) is row else ""),
         flush=True,
     )
 

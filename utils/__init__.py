@@ -3,6 +3,7 @@
 from utils.checkpoint import (
     FORMAT,
     HISTORY,
+    best_epoch,
     load_checkpoint,
     make_folder,
     newest,
@@ -31,6 +32,7 @@ __all__ = [
     "ROOT",
     "Error",
     "Parser",
+    "best_epoch",
     "choose_device",
     "command",
     "load_checkpoint",

@@ -112,6 +112,11 @@ def load_checkpoint(path):
     return checkpoint
 
 
+def best_epoch(history):
+    """Return the row with the highest validation accuracy, the first one of equals."""
+    return max(history, key=lambda row: row["val_accuracy"])
+
+
 def restore(model, checkpoint, path):
     """Put the weights of `checkpoint`, read from `path`, into `model`.
 

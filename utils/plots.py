@@ -3,7 +3,7 @@
 import io
 import re
 
-from utils.checkpoint import write_file
+from utils.checkpoint import best_epoch, write_file
 
 GREEN, RED, GREY, BLUE, ORANGE = "#1a7f37", "#cf222e", "#57606a", "#0969da", "#bc4c00"
 LAYER_COLOURS = {"Input": "white", "Conv2d": "#cfe3f7", "AvgPool2d": "#fde3c8", "Linear": "#d5efd9"}
@@ -38,7 +38,7 @@ def plot_metrics(history, dataset, path):
     """
     from matplotlib.ticker import MaxNLocator
 
-    best = max(history, key=lambda row: row["val_accuracy"])
+    best = best_epoch(history)
     figure, axes = _figure(11, 4.4, 1, 2)
     epochs = [row["epoch"] for row in history]
     for ax, key, scale, unit in (
