@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from model import LeNet, layer_table, main
+from model import FastLeNet, LeNet, layer_table, main
 from utils import plot_architecture
 
 SPECIFICATION = [
@@ -69,6 +69,37 @@ def test_logits_agree_with_an_independent_forward_pass(batch):
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     expected = numpy_forward(state, x.numpy())
     np.testing.assert_allclose(model(x).detach().numpy(), expected, rtol=0, atol=1e-12)
+
+
+def logits_and_gradients(model, x, labels):
+    """The logits, and the gradients of the mean loss, by the parameter's name."""
+    logits = model(x)
+    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    (loss / max(len(x), 1)).backward()
+    return {"logits": logits.detach()} | {n: p.grad for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("batch", [0, 1, 2, 37, 128])
+def test_fast_network_is_the_same_function(batch, dtype, tolerance):
+    torch.manual_seed(batch)
+    model, fast = LeNet().to(dtype), FastLeNet().to(dtype)
+    for bias in (p for p in model.parameters() if p.ndim == 1):
+        torch.nn.init.normal_(bias)
+    fast.load_state_dict(model.state_dict())  # so the names and the shapes are the same
+    x, labels = torch.randn(batch, 1, 32, 32, dtype=dtype), torch.randint(10, (batch,))
+    expected = logits_and_gradients(model, x, labels)
+    for name, value in logits_and_gradients(fast, x, labels).items():
+        assert torch.allclose(value, expected[name], rtol=0, atol=tolerance), name
+
+
+def test_fast_network_starts_from_the_same_weights():
+    torch.manual_seed(3)
+    model = LeNet(num_classes=4).state_dict()
+    torch.manual_seed(3)
+    fast = FastLeNet(num_classes=4).state_dict()
+    assert list(model) == list(fast)
+    assert all(torch.equal(model[name], fast[name]) for name in model)
 
 
 def test_gradients_reach_every_parameter():
