@@ -6,6 +6,7 @@ read, `FastLeNet` is the same network, rearranged for training.
     python model.py    print the layer table and redraw images/architecture.png
 """
 
+import functools
 from pathlib import Path
 
 import torch
@@ -69,31 +70,28 @@ class FastLeNet(LeNet):
     pixels for C1, 2x2 pixels of 6 maps for C3.
     """
 
-    def __init__(self, num_classes=10):
-        super().__init__(num_classes)
-        self.register_buffer("c1_taps", _tap_positions(block=4), persistent=False)
-        self.register_buffer("c3_taps", _tap_positions(block=2), persistent=False)
-
     def forward(self, x):
         """Map images (N x 1 x 32 x 32, float) to logits (N x num_classes, float)."""
         n = len(x)
         x = x.reshape(n, 8, 4, 8, 4).transpose(2, 3).reshape(n, 8, 8, 16)
-        x = _ConvSigmoidPool.apply(x, *_as_matrix(self.c1, self.c1_taps))  # N x 7 x 7 x 24
-        x = _ConvSigmoidPool.apply(x, *_as_matrix(self.c3, self.c3_taps))  # N x 5 x 5 x 16
+        x = _ConvSigmoidPool.apply(x, *_as_matrix(self.c1, block=4))  # N x 7 x 7 x 24
+        x = _ConvSigmoidPool.apply(x, *_as_matrix(self.c3, block=2))  # N x 5 x 5 x 16
         x = x.permute(0, 3, 1, 2).reshape(n, 400)
         x = self.sig(F.linear(x, self.c5.weight.flatten(1), self.c5.bias))  # N x 120
         x = self.sig(self.f6(x))  # N x 84
         return self.f7(x)  # N x num_classes
 
 
-def _tap_positions(block):
+@functools.cache
+@torch.inference_mode(False)  # or the constant could not take part in training later
+def _tap_positions(block, dtype, device):
     """Say where the taps of a 5x5 kernel lie in the window that block x block outputs see.
 
     Returns:
         25 x pixels of the window x outputs (float): 1 where the output multiplies that pixel by
         that tap, else 0. The pixels go by blocks; the outputs by their place in the 2x2 pooling.
     """
-    taps = torch.eye(25).view(25, 5, 5)
+    taps = torch.eye(25, dtype=dtype, device=device).view(25, 5, 5)
     shifts = [(y, x) for y in range(block) for x in range(block)]
     last = block - 1
     positions = torch.stack([F.pad(taps, (x, last - x, y, last - y)) for y, x in shifts], dim=1)
@@ -103,8 +101,9 @@ def _tap_positions(block):
     return positions.reshape(25, (block + 4) ** 2, block**2)
 
 
-def _as_matrix(conv, taps):
+def _as_matrix(conv, block):
     """Return the weights of `conv` as a matrix, window to outputs, and the bias of each column."""
+    taps = _tap_positions(block, conv.weight.dtype, conv.weight.device)
     maps, channels = conv.weight.shape[:2]
     _, pixels, outputs = taps.shape
     weight = conv.weight.view(maps * channels, 25) @ taps.flatten(1)
@@ -140,11 +139,13 @@ class _ConvSigmoidPool(torch.autograd.Function):
         grad = torch.addcmul(s, s, s, value=-1).mul_(grad).flatten(1)  # s - s*s is the slope
         x_grad = None
         if ctx.needs_input_grad[0]:
-            parts = (grad @ weight.t()).view(n, h, w, k, k, c)
-            x_grad = grad.new_zeros(x_shape)
+            parts = (grad @ weight.t()).view(n, h, w, k, k * c)
+            rows = grad.new_zeros(n, h + k - 1, w, k * c)
             for i in range(k):
-                for j in range(k):
-                    x_grad[:, i : i + h, j : j + w] += parts[:, :, :, i, j]
+                rows[:, i : i + h] += parts[:, :, :, i]
+            x_grad = grad.new_zeros(x_shape)
+            for j in range(k):
+                x_grad[:, :, j : j + w] += rows[..., j * c : (j + 1) * c]
         return x_grad, windows.t() @ grad, grad.sum(dim=0)
 
 

@@ -6,12 +6,15 @@ python test.py --image shoe.jpg bag.png   your own pictures
 """
 
 import math
-from pathlib import Path
+
+import utils
+
+if __name__ == "__main__":
+    utils.test_parser().check()
 
 import torch
 import torch.nn.functional as F
 
-import utils
 from model import LeNet
 
 
@@ -33,7 +36,7 @@ def confusion_matrix(labels, predicted, num_classes):
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    args = utils.test_parser().parse_args(argv)
     path = find_checkpoint(args)
     checkpoint = utils.load_checkpoint(path)
     dataset = checkpoint["dataset"]
@@ -138,25 +141,6 @@ def find_checkpoint(args):
             f"train one with {utils.command('train.py', args)}"
         )
     return shipped
-
-
-def parse_args(argv):
-    parser = utils.Parser("Judge a trained LeNet-5 on the full test set, or on your own pictures.")
-    parser.add_argument(
-        "--dataset",
-        choices=("auto", *utils.DATASETS),
-        default="auto",
-        help="whose newest weights to take; auto: the newest of all, or else the shipped ones",
-    )
-    parser.add_argument("--checkpoint", type=Path, help="take the weights in this file instead")
-    parser.add_argument(
-        "--seed", type=utils.number(int, 0), default=0, help="for the choice of 64 random images"
-    )
-    parser.add_argument(
-        "--image", type=Path, nargs="+", help="classify these pictures instead of the test set"
-    )
-    parser.add_folders_and_device()
-    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

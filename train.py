@@ -1,8 +1,9 @@
 """Train LeNet-5 and keep its best weights.
 
-    python train.py                    20 epochs on FashionMNIST
-    python train.py --dataset MNIST    the same on handwritten digits
-    python train.py --resume           go on with the newest run, where it was interrupted
+    python train.py                          20 epochs on FashionMNIST
+    python train.py --dataset MNIST          the same on handwritten digits
+    python train.py --resume                 go on with the newest run, where it was interrupted
+    torchrun --nproc-per-node 4 train.py     the same network, on four GPUs
 
 Then `python test.py` reports the accuracy on the test set.
 """
@@ -13,92 +14,162 @@ import math
 import sys
 import time
 
+import utils
+
+if __name__ == "__main__":
+    utils.train_parser().check()
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import utils
-from model import LeNet
+from model import FastLeNet
 
 RUN_OPTIONS = ("dataset", "epochs", "batch_size", "lr", "weight_decay", "seed", "limit")
-TRAINING_STATE = ("optimizer", "scheduler", "random")  # in last.pt, not in best.pt
+TRAINING_STATE = ("optimizer", "random")  # in last.pt, not in best.pt
+SECONDS_BETWEEN_PLOTS = 30
 
 
-def train_epoch(model, optimizer, scheduler, images, labels, mean, std, batch_size):
-    """Train for one epoch, over all images in a new random order.
+def make_step(network, optimizer, images, labels, mean, std):
+    """Return the function that trains `network` on one batch.
 
     Args:
-        images: uint8, N x 28 x 28; labels: int64, N; both on the device of `model`.
+        images: uint8, N x 28 x 28; labels: int64, N; both on the device of `network`.
         mean, std: of the pixels, for `utils.preprocess`.
+
+    The function takes the indices of the batch's images (int64) and the weight of an image in the
+    loss. It returns the sum of the unweighted loss and the number of right answers before the
+    update, as a tensor, so that the device need not be waited for.
+    """
+
+    def step(batch, weight):
+        x, y = utils.preprocess(images[batch], mean, std), labels[batch]
+        logits = network(x)
+        loss = F.cross_entropy(logits, y, reduction="sum")
+        optimizer.zero_grad()
+        (weight * loss).backward()
+        optimizer.step()
+        return torch.stack([loss.detach(), (logits.argmax(dim=1) == y).sum()])
+
+    return step
+
+
+def train_epoch(step, optimizer, rates, order, batch_size, workers):
+    """Train for one epoch: one step for each batch of `order`, at the next of the `rates`.
+
+    Args:
+        order: indices (int64) of all images; each worker takes its share of every batch.
+        batch_size: images per step, over all workers.
 
     Returns:
         mean loss and accuracy (0 to 1) over the epoch, each batch measured before its step.
+    """
+    total = torch.zeros(2, device=order.device)
+    batches = order.split(batch_size)
+    bar = tqdm(batches, file=sys.stdout, disable=None, leave=False, unit="batch")
+    for batch, rate in zip(bar, rates, strict=True):
+        set_rate(optimizer, rate)
+        # DistributedDataParallel takes the mean of the workers' gradients: hence their number.
+        total += step(batch[workers.rank :: workers.count], workers.count / len(batch))
+    return mean_of(total, len(order), workers)
+
+
+def evaluate(model, images, labels, mean, std, workers):
+    """Return mean loss and accuracy (0 to 1) of `model` on images (uint8, N x 28 x 28)."""
+    share = slice(workers.rank, None, workers.count)
+    logits, y = utils.predict(model, images[share], mean, std), labels[share]
+    loss = F.cross_entropy(logits, y, reduction="sum")
+    total = torch.stack([loss, (logits.argmax(dim=1) == y).sum()])
+    return mean_of(total, len(labels), workers)
+
+
+def mean_of(total, count, workers):
+    """Return loss and accuracy per image, from each worker's sums over `count` images in all.
 
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    model.train()
-    total_loss = total_correct = 0
-    # All random numbers are drawn on the CPU, so that every device sees the same order.
-    batches = torch.randperm(len(labels)).split(batch_size)
-    for batch in tqdm(batches, file=sys.stdout, disable=None, leave=False, unit="batch"):
-        batch = batch.to(images.device)
-        x, y = utils.preprocess(images[batch], mean, std), labels[batch]
-
-        logits = model(x)
-        loss = F.cross_entropy(logits, y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-
-        total_loss += loss.item() * len(y)
-        total_correct += (logits.argmax(dim=1) == y).sum().item()
-        if not math.isfinite(total_loss):
-            raise FloatingPointError("the training loss is no longer finite")
-    return total_loss / len(labels), total_correct / len(labels)
-
-
-def evaluate(model, images, labels, mean, std):
-    """Return mean loss and accuracy (0 to 1) of `model` on images (uint8, N x 28 x 28).
-
-    Raises:
-        FloatingPointError: the loss is not finite.
-    """
-    logits = utils.predict(model, images, mean, std)
-    loss = F.cross_entropy(logits, labels).item()
+    loss, right = workers.sum(total).tolist()
     if not math.isfinite(loss):
-        raise FloatingPointError("the validation loss is no longer finite")
-    return loss, (logits.argmax(dim=1) == labels).sum().item() / len(labels)
+        raise FloatingPointError("the loss is no longer finite")
+    return loss / count, right / count
+
+
+def one_cycle(progress):
+    """Return the learning rate as a share of its peak, at `progress` (0 to 1) through the run.
+
+    Source: Smith and Topin, "Super-convergence", 2017; here with a cosine up and a cosine down.
+    """
+    if progress < 0.3:
+        return 0.04 + 0.96 * (1 - math.cos(math.pi * progress / 0.3)) / 2
+    return (1 + math.cos(math.pi * (progress - 0.3) / 0.7)) / 2
+
+
+def make_optimizer(model, lr, weight_decay):
+    """Return AdamW for `model`; on CUDA, such that a recorded graph can hold its step."""
+    cuda = next(model.parameters()).is_cuda
+    if cuda:
+        lr = torch.tensor(lr, device="cuda")
+    return torch.optim.AdamW(
+        model.parameters(), lr, weight_decay=weight_decay, fused=True, capturable=cuda
+    )
+
+
+def set_rate(optimizer, rate):
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)  # where a recorded graph reads it
+        else:
+            group["lr"] = rate
 
 
 def main(argv=None):
     args, checkpoint = parse_args(argv)
-    device = utils.choose_device(args.device)
+    workers = utils.Workers(args.device)
+    try:
+        return train(args, checkpoint, workers)
+    except RuntimeError as error:
+        if not workers.lost(error):
+            raise
+        again = utils.command("train.py --resume", args, workers.launcher)
+        raise utils.Error(
+            "stopped, as another worker is gone. Every epoch that was finished is saved; "
+            f"go on with: {again}"
+        ) from error
+    finally:
+        workers.close()
 
-    args.dataset, images, labels = utils.load_train_images(args.dataset, args.data_dir)
-    train, val = utils.split_train_validation(images, labels)
-    mean, std = utils.pixel_statistics(train[0])
-    train = [tensor[: args.limit].to(device) for tensor in train]
-    val = [tensor[: args.limit].to(device) for tensor in val]
+
+def train(args, checkpoint, workers):
+    """Train as `args` say, after `checkpoint` if there is one, and return the exit status."""
+    args.dataset, train, val = load_splits(args, workers)
     classes = utils.CLASSES[args.dataset]
+    mean, std = utils.pixel_statistics(train[0])
+    train = [tensor[: args.limit].to(workers.device) for tensor in train]
+    val = [tensor[: args.limit].to(workers.device) for tensor in val]
 
+    # Freed at once: from then on glibc keeps freed blocks of up to this size for the next step,
+    # instead of giving them back to the system, which can take a second per epoch.
+    torch.empty(31 * 2**20, dtype=torch.uint8)
     torch.manual_seed(args.seed)
-    model = LeNet(num_classes=len(classes)).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
-    steps = args.epochs * math.ceil(len(train[1]) / args.batch_size)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, steps, pct_start=0.3)
+    model = FastLeNet(num_classes=len(classes)).to(workers.device)
+    optimizer = make_optimizer(model, args.lr, args.weight_decay)
+    step = make_step(workers.wrap(model), optimizer, *train, mean, std)
+    if workers.device.type == "cuda" and workers.count == 1:
+        step = utils.CudaGraph(step, args.batch_size)
+    steps_per_epoch = math.ceil(len(train[1]) / args.batch_size)
     history = []
 
     run_dir, image_dir = args.checkpoint_dir / args.dataset, args.image_dir / args.dataset
     utils.make_folder(run_dir)
     utils.make_folder(image_dir)
     if checkpoint:
-        restore_run(checkpoint, run_dir / "last.pt", model, optimizer, scheduler)
+        restore_run(checkpoint, run_dir / "last.pt", model, optimizer)
         history = checkpoint["history"]
+    if workers.rank == 0 and checkpoint:
         save_run(checkpoint, run_dir)  # best.pt too, if a crash came just before it
-        write_metrics(history, args.dataset, image_dir)
-    else:
+        write_metrics(history, args.dataset, image_dir, draw=True)
+    elif workers.rank == 0:
         warn_if_unfinished(run_dir / "last.pt")
     about = {
         "format": utils.FORMAT,
@@ -110,29 +181,39 @@ def main(argv=None):
         "torch": str(torch.__version__),  # a plain str, which every version of torch can read
     }
 
-    print(f"LeNet-5 with {sum(p.numel() for p in model.parameters()):,} parameters on {device}")
+    where = str(workers.device) if workers.count == 1 else f"{workers.count} workers"
+    print(f"LeNet-5 with {sum(p.numel() for p in model.parameters()):,} parameters on {where}")
     print(f"{args.dataset}: {len(train[1]):,} images to train on, {len(val[1]):,} for validation\n")
     print("epoch   learning rate   train loss   accuracy   validation loss   accuracy   seconds")
     finished = len(history)
+    next_plot = time.monotonic()
     try:
         for epoch in range(len(history) + 1, args.epochs + 1):
             start = time.perf_counter()
-            train_row = train_epoch(model, optimizer, scheduler, *train, mean, std, args.batch_size)
-            val_row = evaluate(model, *val, mean, std)
-            rate = scheduler.get_last_lr()[0]
+            first = (epoch - 1) * steps_per_epoch
+            rates = [
+                args.lr * one_cycle(i / (args.epochs * steps_per_epoch))
+                for i in range(first, first + steps_per_epoch)
+            ]
+            # Drawn on the CPU, so that all workers and every kind of device see the same order.
+            order = torch.randperm(len(train[1])).to(workers.device)
+            model.train()
+            train_row = train_epoch(step, optimizer, rates, order, args.batch_size, workers)
+            val_row = evaluate(model, *val, mean, std, workers)
             seconds = time.perf_counter() - start
-            history.append(dict(zip(utils.HISTORY, (epoch, rate, *train_row, *val_row))))
+            history.append(dict(zip(utils.HISTORY, (epoch, rates[-1], *train_row, *val_row))))
 
-            training_state = {
-                "optimizer": optimizer.state_dict(),
-                "scheduler": scheduler.state_dict(),
-                "random": torch.get_rng_state(),
-            }
+            if workers.rank > 0:
+                continue
+            training_state = {"optimizer": optimizer.state_dict(), "random": torch.get_rng_state()}
             progress = {"epoch": epoch, "history": history, "model": model.state_dict()}
             save_run(about | progress | training_state, run_dir)
             finished = epoch
             print_epoch(history, args.epochs, seconds)
-            write_metrics(history, args.dataset, image_dir)
+            draw = epoch == args.epochs or time.monotonic() >= next_plot
+            write_metrics(history, args.dataset, image_dir, draw)
+            if draw:
+                next_plot = time.monotonic() + SECONDS_BETWEEN_PLOTS
             if epoch == 2 and history[-1]["val_accuracy"] < 1.5 / len(classes):
                 print(
                     "Warning: after 2 epochs the accuracy is still at chance. Stop with Ctrl-C and "
@@ -145,9 +226,12 @@ def main(argv=None):
             f"{saved_so_far(run_dir, finished)}"
         ) from error
     except KeyboardInterrupt:
-        print(f"\nStopped: {saved_so_far(run_dir, finished)}.", file=sys.stderr)
-        if finished:
-            print(f"Go on with: {utils.command('train.py --resume', args)}", file=sys.stderr)
+        if workers.rank == 0:
+            print(f"\nStopped: {saved_so_far(run_dir, finished)}.", file=sys.stderr)
+        if workers.rank == 0 and finished:
+            again = utils.command("train.py --resume", args, workers.launcher)
+            print(f"Go on with: {again}", file=sys.stderr)
+            write_metrics(history[:finished], args.dataset, image_dir, draw=True)
         return 130
 
     best = utils.best_epoch(history)
@@ -162,35 +246,24 @@ def main(argv=None):
     return 0
 
 
+def load_splits(args, workers):
+    """Return the data set's name, and the train and the validation split (images and labels)."""
+    if workers.rank == 0:
+        dataset, *data = utils.load_train_images(args.dataset, args.data_dir)
+        workers.share(dataset)
+    else:  # only after rank 0, which has downloaded or drawn what was missing
+        dataset = workers.share(None)
+        data = utils.load_images(dataset, args.data_dir, "train")
+    return dataset, *utils.split_train_validation(*data)
+
+
 def parse_args(argv):
     """Parse the command line; with --resume, return the newest run's options and checkpoint too.
 
     Raises:
         Error: an option is bad, there is no run, or an option contradicts the run's own.
     """
-    parser = utils.Parser("Train LeNet-5 and keep the weights of the best epoch.")
-    parser.add_argument(
-        "--dataset",
-        choices=("auto", *utils.DATASETS),
-        default="auto",
-        help="auto: FashionMNIST or, if it cannot be had, the built-in Glyphs; "
-        "with --resume: the data set of the newest run",
-    )
-    whole, positive = utils.number(int, 1), utils.number(float, 0, above=True)
-    parser.add_argument("--epochs", type=whole, default=20, help="passes over the train split")
-    parser.add_argument("--batch-size", type=whole, default=128, help="images per step")
-    parser.add_argument("--lr", type=positive, default=2e-2, help="peak of the learning rate")
-    parser.add_argument(
-        "--weight-decay", type=utils.number(float, 0), default=3e-2, help="of AdamW, decoupled"
-    )
-    parser.add_argument(
-        "--seed", type=utils.number(int, 0), default=0, help="for the weights and the order"
-    )
-    parser.add_argument(
-        "--limit", type=whole, help="only the first LIMIT images of each split, for a quick look"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    parser.add_folders_and_device()
+    parser = utils.train_parser()
     args = parser.parse_args(argv)
     if not args.resume:
         return args, None
@@ -226,12 +299,18 @@ def parse_args(argv):
     return args, checkpoint
 
 
-def restore_run(checkpoint, path, model, optimizer, scheduler):
+def restore_run(checkpoint, path, model, optimizer):
     """Put everything back as it was when `checkpoint`, read from `path`, was written."""
     utils.restore(model, checkpoint, path)
     try:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scheduler.load_state_dict(checkpoint["scheduler"])
+        # The groups hold the device's settings and the rate: those of this run, not of that one.
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
+        for parameter in model.parameters():
+            moments = optimizer.state[parameter]
+            for name in ("exp_avg", "exp_avg_sq"):
+                if moments[name].shape != parameter.shape:
+                    raise ValueError(f"{name} has the wrong shape")
         torch.set_rng_state(checkpoint["random"])
     except Exception as error:  # whatever a foreign or altered state can break
         raise utils.Error(
@@ -251,14 +330,15 @@ def save_run(checkpoint, run_dir):
         utils.save(best, run_dir / "best.pt")
 
 
-def write_metrics(history, dataset, image_dir):
-    """Write metrics.csv, one line per epoch, and draw it as metrics.png."""
+def write_metrics(history, dataset, image_dir, draw):
+    """Write metrics.csv, one line per epoch, and, with `draw`, metrics.png."""
     text = io.StringIO()
     table = csv.DictWriter(text, utils.HISTORY, lineterminator="\n")
     table.writeheader()
     table.writerows(history)
     utils.write_file(image_dir / "metrics.csv", text.getvalue().encode())
-    utils.plot_metrics(history, dataset, image_dir / "metrics.png")
+    if draw:
+        utils.plot_metrics(history, dataset, image_dir / "metrics.png")
 
 
 def print_epoch(history, epochs, seconds):

@@ -133,7 +133,7 @@ def test_newest_run_is_taken_and_the_data_set_can_be_named(glyphs_run, tmp_path)
 
     def find(*line):
         folder = f"--checkpoint-dir={tmp_path / 'checkpoints'}"
-        return judge.find_checkpoint(judge.parse_args([folder, *line])).parent.name
+        return judge.find_checkpoint(utils.test_parser().parse_args([folder, *line])).parent.name
 
     assert find() == "Glyphs"
     assert find("--dataset=MNIST") == "MNIST"
@@ -143,7 +143,7 @@ def test_newest_run_is_taken_and_the_data_set_can_be_named(glyphs_run, tmp_path)
 def test_shipped_weights_are_taken_where_there_was_no_run(tmp_path):
     def find(*line):
         folder = f"--checkpoint-dir={tmp_path}"
-        return judge.find_checkpoint(judge.parse_args([folder, *line]))
+        return judge.find_checkpoint(utils.test_parser().parse_args([folder, *line]))
 
     assert find() == ROOT / "checkpoints" / "lenet5-fashionmnist.pt"
     assert find("--dataset=MNIST") == ROOT / "checkpoints" / "lenet5-mnist.pt"

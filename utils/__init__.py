@@ -1,58 +1,40 @@
-"""What model.py, train.py and test.py share: data, checkpoints, plots, the command line."""
+"""What model.py, train.py and test.py share: data, checkpoints, plots, the command line.
 
-from utils.checkpoint import (
-    FORMAT,
-    HISTORY,
-    best_epoch,
-    load_checkpoint,
-    make_folder,
-    newest,
-    restore,
-    save,
-    write_file,
-)
-from utils.cli import DATASETS, ROOT, Error, Parser, choose_device, command, number, relative, run
-from utils.data import (
-    CLASSES,
-    load_images,
-    load_train_images,
-    pixel_statistics,
-    predict,
-    preprocess,
-    split_train_validation,
-)
-from utils.pictures import load_picture
-from utils.plots import plot_architecture, plot_confusion, plot_grid, plot_metrics
+Names are found in their modules when they are first used, as most modules need torch, which takes
+seconds to import.
+"""
 
-__all__ = [
-    "CLASSES",
-    "DATASETS",
-    "FORMAT",
-    "HISTORY",
-    "ROOT",
-    "Error",
-    "Parser",
-    "best_epoch",
-    "choose_device",
-    "command",
-    "load_checkpoint",
-    "load_images",
-    "load_picture",
-    "load_train_images",
-    "make_folder",
-    "newest",
-    "number",
-    "pixel_statistics",
-    "plot_architecture",
-    "plot_confusion",
-    "plot_grid",
-    "plot_metrics",
-    "predict",
-    "preprocess",
-    "relative",
-    "restore",
-    "run",
-    "save",
-    "split_train_validation",
-    "write_file",
-]
+from importlib import import_module
+
+from utils.cli import (  # noqa: F401 - for the scripts
+    DATASETS,
+    ROOT,
+    Error,
+    command,
+    number,
+    relative,
+    run,
+    test_parser,
+    train_parser,
+)
+
+MODULES = {
+    "checkpoint": (
+        *("FORMAT", "HISTORY", "best_epoch", "load_checkpoint", "make_folder", "newest"),
+        *("restore", "save", "write_file"),
+    ),
+    "data": (
+        *("CLASSES", "load_images", "load_train_images", "pixel_statistics", "predict"),
+        *("preprocess", "split_train_validation"),
+    ),
+    "devices": ("CudaGraph", "Workers", "choose_device"),
+    "pictures": ("load_picture",),
+    "plots": ("plot_architecture", "plot_confusion", "plot_grid", "plot_metrics"),
+}
+
+
+def __getattr__(name):
+    for module, names in MODULES.items():
+        if name in names:
+            return globals().setdefault(name, getattr(import_module(f"utils.{module}"), name))
+    raise AttributeError(f"module 'utils' has no attribute {name!r}")

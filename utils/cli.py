@@ -1,13 +1,12 @@
-"""What the two scripts share on the command line: errors, types of options, the device."""
+"""The command line of the scripts: their options, errors, exit status. It does without torch."""
 
 import argparse
 import math
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
-
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 DATASETS = ("FashionMNIST", "MNIST", "Glyphs")
@@ -50,21 +49,60 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise Error(f"{message} (see python {self.prog} --help)")
 
+    def check(self):
+        """Answer --help, and refuse bad options, before torch is imported: that takes seconds."""
+        try:
+            self.parse_args()
+        except Error as error:
+            _refuse(error)
 
-def run(main):
-    """Run a script's `main` and exit with its status; an `Error` is one line and status 2."""
-    try:
-        sys.exit(main())
-    except Error as error:
-        sys.stdout.flush()
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nStopped.", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of the output, such as head, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+
+def train_parser():
+    """Return the parser of train.py's options."""
+    parser = Parser("Train LeNet-5 and keep the weights of the best epoch.")
+    parser.add_argument(
+        "--dataset",
+        choices=("auto", *DATASETS),
+        default="auto",
+        help="auto: FashionMNIST or, if it cannot be had, the built-in Glyphs; "
+        "with --resume: the data set of the newest run",
+    )
+    whole, positive = number(int, 1), number(float, 0, above=True)
+    parser.add_argument("--epochs", type=whole, default=20, help="passes over the train split")
+    parser.add_argument("--batch-size", type=whole, default=128, help="images per step")
+    parser.add_argument("--lr", type=positive, default=2e-2, help="peak of the learning rate")
+    parser.add_argument(
+        "--weight-decay", type=number(float, 0), default=3e-2, help="of AdamW, decoupled"
+    )
+    parser.add_argument(
+        "--seed", type=number(int, 0), default=0, help="for the weights and the order"
+    )
+    parser.add_argument(
+        "--limit", type=whole, help="only the first LIMIT images of each split, for a quick look"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    parser.add_folders_and_device()
+    return parser
+
+
+def test_parser():
+    """Return the parser of test.py's options."""
+    parser = Parser("Judge a trained LeNet-5 on the full test set, or on your own pictures.")
+    parser.add_argument(
+        "--dataset",
+        choices=("auto", *DATASETS),
+        default="auto",
+        help="whose newest weights to take; auto: the newest of all, or else the shipped ones",
+    )
+    parser.add_argument("--checkpoint", type=Path, help="take the weights in this file instead")
+    parser.add_argument(
+        "--seed", type=number(int, 0), default=0, help="for the choice of 64 random images"
+    )
+    parser.add_argument(
+        "--image", type=Path, nargs="+", help="classify these pictures instead of the test set"
+    )
+    parser.add_folders_and_device()
+    return parser
 
 
 def number(kind, low, above=False):
@@ -87,22 +125,25 @@ def number(kind, low, above=False):
     return parse
 
 
-def choose_device(name):
-    """Return the torch.device for auto, cpu, cuda or mps; auto takes the fastest there is.
+def run(main):
+    """Run a script's `main` and exit with its status; an `Error` is one line and status 2."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops a run as Ctrl-C does
+    try:
+        sys.exit(main())
+    except Error as error:
+        sys.stdout.flush()
+        _refuse(error)
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of the output, such as head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
-    Raises:
-        Error: this machine or this build of torch has no such device.
-    """
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        name = next(device for device, there in available.items() if there)
-    if not available[name]:
-        raise Error(f"--device {name} is not available here: use --device auto")
-    return torch.device(name)
+
+def _refuse(error):
+    print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+    sys.exit(2)
 
 
 def relative(path):
@@ -111,9 +152,9 @@ def relative(path):
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def command(script, args):
+def command(script, args, launcher="python"):
     """Return the command line of `script` for the data set and the folders that `args` name."""
-    line = f"python {script} --dataset {args.dataset}"
+    line = f"{launcher} {script} --dataset {args.dataset}"
     for name, (default, _) in FOLDERS.items():
         folder = getattr(args, f"{name}_dir")
         if folder != default:

@@ -201,8 +201,8 @@ def preprocess(images, mean, std):
 
     They are padded with black to 32x32, scaled to 0 to 1 and normalised.
     """
-    x = F.pad(images, (2, 2, 2, 2)).unsqueeze(1)
-    return (x.float() / 255 - mean) / std
+    x = F.pad(images, (2, 2, 2, 2)).unsqueeze(1).float()
+    return x.sub_(255 * mean).div_(255 * std)
 
 
 @torch.inference_mode()
