@@ -13,11 +13,35 @@ import io
 import math
 import sys
 import time
+from typing import NamedTuple
 
 import utils
 
+
+class Recipe(NamedTuple):
+    """What a run is made of; the options on the command line win."""
+
+    optimizer: str  # sgd, adamw, or muon: Muon for the hidden layers' weights, AdamW for the rest
+    xavier: bool  # Xavier's initialisation, with the gain of the sigmoid, or PyTorch's own
+    one_cycle: bool  # the learning rate follows `one_cycle`, or it is constant
+    augment: bool  # mirror images of clothes, shifts of digits by a pixel
+    shift: int  # most pixels by which all images are shifted
+    epochs: int
+    lr: float
+    weight_decay: float
+
+
+RECIPES = {
+    "default": Recipe("muon", True, True, True, 0, 20, 0.04, 0.015),
+    "long": Recipe("muon", True, True, True, 1, 120, 0.04, 0.01),
+    "sgd": Recipe("sgd", False, False, False, 0, 20, 0.9, 0.0),
+    "adamw": Recipe("adamw", False, True, False, 0, 20, 0.01, 0.03),
+    "xavier": Recipe("adamw", True, True, False, 0, 20, 0.02, 0.03),
+    "muon": Recipe("muon", True, True, False, 0, 20, 0.04, 0.015),
+}
+
 if __name__ == "__main__":
-    utils.train_parser().check()
+    utils.train_parser(RECIPES).check()
 
 import torch
 import torch.nn.functional as F
@@ -25,53 +49,60 @@ from tqdm import tqdm
 
 from model import FastLeNet
 
-RUN_OPTIONS = ("dataset", "epochs", "batch_size", "lr", "weight_decay", "seed", "limit")
-TRAINING_STATE = ("optimizer", "random")  # in last.pt, not in best.pt
+RUN_OPTIONS = (
+    *("dataset", "recipe", "epochs", "batch_size", "lr", "weight_decay"),
+    *("seed", "limit"),
+)
+TRAINING_STATE = ("optimizers", "random")  # in last.pt, not in best.pt
 SECONDS_BETWEEN_PLOTS = 30
 
 
-def make_step(network, optimizer, images, labels, mean, std):
+def make_step(network, optimizers, images, labels, mean, std):
     """Return the function that trains `network` on one batch.
 
     Args:
         images: uint8, N x 28 x 28; labels: int64, N; both on the device of `network`.
         mean, std: of the pixels, for `utils.preprocess`.
 
-    The function takes the indices of the batch's images (int64) and the weight of an image in the
-    loss. It returns the sum of the unweighted loss and the number of right answers before the
-    update, as a tensor, so that the device need not be waited for.
+    The function takes the batch (int64, B x 4: the indices of its images, and what
+    `utils.draw_changes` has drawn for them) and the weight of an image in the loss. It returns the
+    sum of the unweighted loss and the number of right answers before the update, as a tensor, so
+    that the device need not be waited for.
     """
 
     def step(batch, weight):
-        x, y = utils.preprocess(images[batch], mean, std), labels[batch]
+        x = utils.preprocess(images[batch[:, 0]], mean, std, batch[:, 1:])
+        y = labels[batch[:, 0]]
         logits = network(x)
         loss = F.cross_entropy(logits, y, reduction="sum")
-        optimizer.zero_grad()
+        network.zero_grad()
         (weight * loss).backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         return torch.stack([loss.detach(), (logits.argmax(dim=1) == y).sum()])
 
     return step
 
 
-def train_epoch(step, optimizer, rates, order, batch_size, workers):
-    """Train for one epoch: one step for each batch of `order`, at the next of the `rates`.
+def train_epoch(step, optimizers, rates, plan, batch_size, workers):
+    """Train for one epoch: one step for each batch of `plan`, at the next of the `rates`.
 
     Args:
-        order: indices (int64) of all images; each worker takes its share of every batch.
+        rates: learning rate of each step, as a share of its peak.
+        plan: int64, N x 4, all images in the order of training, as `make_step` takes them; each
+            worker takes its share of every batch.
         batch_size: images per step, over all workers.
 
     Returns:
         mean loss and accuracy (0 to 1) over the epoch, each batch measured before its step.
     """
-    total = torch.zeros(2, device=order.device)
-    batches = order.split(batch_size)
-    bar = tqdm(batches, file=sys.stdout, disable=None, leave=False, unit="batch")
+    total = torch.zeros(2, device=plan.device)
+    bar = tqdm(plan.split(batch_size), file=sys.stdout, disable=None, leave=False, unit="batch")
     for batch, rate in zip(bar, rates, strict=True):
-        set_rate(optimizer, rate)
+        set_rate(optimizers, rate)
         # DistributedDataParallel takes the mean of the workers' gradients: hence their number.
         total += step(batch[workers.rank :: workers.count], workers.count / len(batch))
-    return mean_of(total, len(order), workers)
+    return mean_of(total, len(plan), workers)
 
 
 def evaluate(model, images, labels, mean, std, workers):
@@ -105,22 +136,47 @@ def one_cycle(progress):
     return (1 + math.cos(math.pi * (progress - 0.3) / 0.7)) / 2
 
 
-def make_optimizer(model, lr, weight_decay):
-    """Return AdamW for `model`; on CUDA, such that a recorded graph can hold its step."""
-    cuda = next(model.parameters()).is_cuda
-    if cuda:
-        lr = torch.tensor(lr, device="cuda")
+def make_optimizers(model, name, lr, weight_decay):
+    """Return the optimizers of `model`; on CUDA, such that a graph can record their steps.
+
+    Args:
+        name: as in a `Recipe`.
+        lr, weight_decay: for all parameters; with muon, AdamW has half the rate, twice the decay.
+    """
+    hidden = [layer.weight for layer in (model.c1, model.c3, model.c5, model.f6)]
+    others = [p for p in model.parameters() if not any(p is weight for weight in hidden)]
+    capturable = hidden[0].is_cuda
+    if name == "sgd":
+        optimizers = [
+            torch.optim.SGD(model.parameters(), lr, weight_decay=weight_decay, fused=True)
+        ]
+    elif name == "adamw":
+        optimizers = [adamw(model.parameters(), lr, weight_decay, capturable)]
+    else:
+        optimizers = [
+            utils.Muon(hidden, lr, weight_decay=weight_decay),
+            adamw(others, lr / 2, 2 * weight_decay, capturable),
+        ]
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["peak"] = group["lr"]
+        if capturable:
+            group["lr"] = torch.tensor(group["lr"], device="cuda")
+    return optimizers
+
+
+def adamw(parameters, lr, weight_decay, capturable):
     return torch.optim.AdamW(
-        model.parameters(), lr, weight_decay=weight_decay, fused=True, capturable=cuda
+        parameters, lr, weight_decay=weight_decay, fused=True, capturable=capturable
     )
 
 
-def set_rate(optimizer, rate):
-    for group in optimizer.param_groups:
+def set_rate(optimizers, rate):
+    """Set all learning rates to the share `rate` of their peaks."""
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(rate)  # where a recorded graph reads it
+            group["lr"].fill_(rate * group["peak"])  # where a recorded graph reads it
         else:
-            group["lr"] = rate
+            group["lr"] = rate * group["peak"]
 
 
 def main(argv=None):
@@ -142,6 +198,7 @@ def main(argv=None):
 
 def train(args, checkpoint, workers):
     """Train as `args` say, after `checkpoint` if there is one, and return the exit status."""
+    recipe = RECIPES[args.recipe]
     args.dataset, train, val = load_splits(args, workers)
     classes = utils.CLASSES[args.dataset]
     mean, std = utils.pixel_statistics(train[0])
@@ -152,9 +209,16 @@ def train(args, checkpoint, workers):
     # instead of giving them back to the system, which can take a second per epoch.
     torch.empty(31 * 2**20, dtype=torch.uint8)
     torch.manual_seed(args.seed)
-    model = FastLeNet(num_classes=len(classes)).to(workers.device)
-    optimizer = make_optimizer(model, args.lr, args.weight_decay)
-    step = make_step(workers.wrap(model), optimizer, *train, mean, std)
+    model = FastLeNet(num_classes=len(classes))
+    if not recipe.xavier:
+        for layer in (model.c1, model.c3, model.c5, model.f6, model.f7):
+            layer.reset_parameters()
+    model.to(workers.device)
+    optimizers = make_optimizers(model, recipe.optimizer, args.lr, args.weight_decay)
+    step = make_step(workers.wrap(model), optimizers, *train, mean, std)
+    clothes = args.dataset == "FashionMNIST"
+    mirror = recipe.augment and clothes
+    shift = max(recipe.shift, int(recipe.augment and not clothes))
     if workers.device.type == "cuda" and workers.count == 1:
         step = utils.CudaGraph(step, args.batch_size)
     steps_per_epoch = math.ceil(len(train[1]) / args.batch_size)
@@ -164,7 +228,7 @@ def train(args, checkpoint, workers):
     utils.make_folder(run_dir)
     utils.make_folder(image_dir)
     if checkpoint:
-        restore_run(checkpoint, run_dir / "last.pt", model, optimizer)
+        restore_run(checkpoint, run_dir / "last.pt", model, optimizers)
         history = checkpoint["history"]
     if workers.rank == 0 and checkpoint:
         save_run(checkpoint, run_dir)  # best.pt too, if a crash came just before it
@@ -192,20 +256,27 @@ def train(args, checkpoint, workers):
             start = time.perf_counter()
             first = (epoch - 1) * steps_per_epoch
             rates = [
-                args.lr * one_cycle(i / (args.epochs * steps_per_epoch))
+                one_cycle(i / (args.epochs * steps_per_epoch)) if recipe.one_cycle else 1.0
                 for i in range(first, first + steps_per_epoch)
             ]
-            # Drawn on the CPU, so that all workers and every kind of device see the same order.
-            order = torch.randperm(len(train[1])).to(workers.device)
+            # Drawn on the CPU, so that all workers and every kind of device see the same.
+            order = torch.randperm(len(train[1]))
+            changes = utils.draw_changes(len(order), mirror, shift)
+            plan = torch.cat([order.unsqueeze(1), changes], dim=1).to(workers.device)
             model.train()
-            train_row = train_epoch(step, optimizer, rates, order, args.batch_size, workers)
+            train_row = train_epoch(step, optimizers, rates, plan, args.batch_size, workers)
             val_row = evaluate(model, *val, mean, std, workers)
             seconds = time.perf_counter() - start
-            history.append(dict(zip(utils.HISTORY, (epoch, rates[-1], *train_row, *val_row))))
+            history.append(
+                dict(zip(utils.HISTORY, (epoch, args.lr * rates[-1], *train_row, *val_row)))
+            )
 
             if workers.rank > 0:
                 continue
-            training_state = {"optimizer": optimizer.state_dict(), "random": torch.get_rng_state()}
+            training_state = {
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "random": torch.get_rng_state(),
+            }
             progress = {"epoch": epoch, "history": history, "model": model.state_dict()}
             save_run(about | progress | training_state, run_dir)
             finished = epoch
@@ -263,9 +334,12 @@ def parse_args(argv):
     Raises:
         Error: an option is bad, there is no run, or an option contradicts the run's own.
     """
-    parser = utils.train_parser()
+    parser = utils.train_parser(RECIPES)
     args = parser.parse_args(argv)
     if not args.resume:
+        for name in ("epochs", "lr", "weight_decay"):
+            if getattr(args, name) is None:
+                setattr(args, name, getattr(RECIPES[args.recipe], name))
         return args, None
 
     path = utils.newest(args.checkpoint_dir, args.dataset, "last.pt")
@@ -299,18 +373,18 @@ def parse_args(argv):
     return args, checkpoint
 
 
-def restore_run(checkpoint, path, model, optimizer):
+def restore_run(checkpoint, path, model, optimizers):
     """Put everything back as it was when `checkpoint`, read from `path`, was written."""
     utils.restore(model, checkpoint, path)
     try:
-        # The groups hold the device's settings and the rate: those of this run, not of that one.
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
-        for parameter in model.parameters():
-            moments = optimizer.state[parameter]
-            for name in ("exp_avg", "exp_avg_sq"):
-                if moments[name].shape != parameter.shape:
-                    raise ValueError(f"{name} has the wrong shape")
+        for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
+            # The groups hold the rate and the device's settings: those of this run, not that one.
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+            for parameter, state in optimizer.state.items():
+                for value in state.values():
+                    if value.ndim > 0 and value.shape != parameter.shape:
+                        raise ValueError("a state has the wrong shape")
         torch.set_rng_state(checkpoint["random"])
     except Exception as error:  # whatever a foreign or altered state can break
         raise utils.Error(

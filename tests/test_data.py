@@ -348,6 +348,29 @@ def test_preprocess_pads_with_black_then_normalises():
     assert (x == -0.5).all()
 
 
+@pytest.mark.parametrize(
+    ("mirrored", "down", "right"), [(0, 0, 0), (1, 0, 0), (0, 2, -1), (1, -2, 2)]
+)
+def test_changes_mirror_and_shift(mirrored, down, right):
+    image = torch.randint(256, (28, 28), dtype=torch.uint8)
+    expected = torch.zeros(32, 32)
+    expected[2 + down : 30 + down, 2 + right : 30 + right] = image.flip(1) if mirrored else image
+    changes = torch.tensor([[0, 0, 0], [mirrored, down, right]])
+    x = utils.preprocess(torch.stack([image, image]), 0.0, 1.0, changes)
+    assert torch.equal(x[:1], utils.preprocess(image.unsqueeze(0), 0.0, 1.0))
+    assert torch.allclose(x[1, 0], expected / 255)
+
+
+@pytest.mark.parametrize(("mirror", "shift"), [(False, 0), (True, 1), (False, 2)])
+def test_changes_are_drawn_evenly(mirror, shift):
+    changes = utils.draw_changes(4000, mirror, shift)
+    assert changes.shape == (4000, 3)
+    for column, values in zip(changes.T, (range(1 + mirror), *[range(-shift, shift + 1)] * 2)):
+        counts = torch.stack([column == value for value in values]).sum(dim=1)
+        assert counts.sum() == 4000
+        assert counts.min() > 0.8 * 4000 / len(values)
+
+
 def test_predict_does_not_depend_on_the_batch_size():
     from model import LeNet
 

@@ -104,7 +104,6 @@ def test_worker_that_dies_ends_the_run_with_a_message(tmp_path, torchrun, rank):
     assert re.search(r"another worker is gone|epoch \d+ is saved", err) or rank == 0
     assert "train.py FAILED" in err
     assert len(history(tmp_path / "run")) >= 2
-    assert not list(tmp_path.rglob("*.tmp"))
 
 
 class FakeGraph:
@@ -157,11 +156,15 @@ def test_graph_is_fed_every_full_batch(fake_cuda):
 
 
 def test_learning_rate_of_a_recorded_step_is_changed_in_place():
-    rate = torch.tensor(0.5)
-    optimizer = torch.optim.AdamW(FastLeNet().parameters(), rate)
-    train.set_rate(optimizer, 0.25)
-    assert optimizer.param_groups[0]["lr"] is rate
-    assert rate == 0.25
+    optimizers = train.make_optimizers(FastLeNet(), "muon", 0.5, 0.1)
+    rates = []
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(group["lr"])  # as on CUDA
+            rates.append(group["lr"])
+    train.set_rate(optimizers, 0.5)
+    assert [group["lr"] for o in optimizers for group in o.param_groups] == rates
+    assert rates == [0.25, 0.125]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

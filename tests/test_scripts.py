@@ -4,6 +4,8 @@ import pickle
 
 from conftest import ROOT
 
+import train
+
 
 def test_first_commands_on_a_machine_without_a_network(run_script, tmp_path):
     folders = [f"--{name}-dir={tmp_path / name}" for name in ("data", "checkpoint", "image")]
@@ -51,18 +53,12 @@ def test_hostile_checkpoint_is_one_line_and_status_2(run_script, tmp_path):
 
 
 def test_help_states_the_defaults(run_script):
-    defaults = (
-        "auto",
-        20,
-        128,
-        0.02,
-        0.03,
-        0,
-        ROOT / "data",
-        ROOT / "checkpoints",
-        ROOT / "images",
-    )
+    folders = (ROOT / name for name in ("data", "checkpoints", "images"))
+    defaults = ("auto", "default", 128, 0, *folders)
     text = "".join(run_script("train.py", "--help").stdout.split())
     for default in defaults:
         assert f"(default:{default})".replace(" ", "") in text
     assert "None" not in text
+    for name, recipe in train.RECIPES.items():
+        for value in (recipe.epochs, recipe.lr, recipe.weight_decay):
+            assert f"{name}:{value}" in text

@@ -85,8 +85,8 @@ def test_checkpoints_say_what_they_are(small_run):
         assert checkpoint["torch"] == str(torch.__version__)
         assert len(checkpoint["history"]) == checkpoint["epoch"]
     assert last["epoch"] == 4
-    assert {"optimizer", "random"} <= last.keys()
-    assert not {"optimizer", "random"} & best.keys()
+    assert {"optimizers", "random"} <= last.keys()
+    assert not {"optimizers", "random"} & best.keys()
     accuracies = [row["val_accuracy"] for row in last["history"]]
     assert best["epoch"] == accuracies.index(max(accuracies)) + 1
 
@@ -223,6 +223,7 @@ def test_resume_of_a_complete_run_changes_nothing(tmp_path, glyphs_dir, capsys):
         "--batch-size=7",
         "--lr=0.5",
         "--weight-decay=0",
+        "--recipe=long",
         "--seed=3",
         "--limit=77",
     ],

@@ -24,10 +24,11 @@ MODULES = {
         *("restore", "save", "write_file"),
     ),
     "data": (
-        *("CLASSES", "load_images", "load_train_images", "pixel_statistics", "predict"),
-        *("preprocess", "split_train_validation"),
+        *("CLASSES", "draw_changes", "load_images", "load_train_images", "pixel_statistics"),
+        *("predict", "preprocess", "split_train_validation"),
     ),
     "devices": ("CudaGraph", "Workers", "choose_device"),
+    "muon": ("Muon",),
     "pictures": ("load_picture",),
     "plots": ("plot_architecture", "plot_confusion", "plot_grid", "plot_metrics"),
 }

@@ -57,8 +57,8 @@ class Parser(argparse.ArgumentParser):
             _refuse(error)
 
 
-def train_parser():
-    """Return the parser of train.py's options."""
+def train_parser(recipes):
+    """Return the parser of train.py's options; `recipes` (by name) fill in what is left out."""
     parser = Parser("Train LeNet-5 and keep the weights of the best epoch.")
     parser.add_argument(
         "--dataset",
@@ -68,11 +68,25 @@ def train_parser():
         "with --resume: the data set of the newest run",
     )
     whole, positive = number(int, 1), number(float, 0, above=True)
-    parser.add_argument("--epochs", type=whole, default=20, help="passes over the train split")
-    parser.add_argument("--batch-size", type=whole, default=128, help="images per step")
-    parser.add_argument("--lr", type=positive, default=2e-2, help="peak of the learning rate")
+
+    def by_recipe(field):
+        return ", ".join(f"{name}: {getattr(recipe, field)}" for name, recipe in recipes.items())
+
     parser.add_argument(
-        "--weight-decay", type=number(float, 0), default=3e-2, help="of AdamW, decoupled"
+        "--recipe",
+        choices=tuple(recipes),
+        default="default",
+        help="long: the best results; the others: what each ingredient is worth, see README.md",
+    )
+    parser.add_argument(
+        "--epochs", type=whole, help=f"passes over the train split ({by_recipe('epochs')})"
+    )
+    parser.add_argument("--batch-size", type=whole, default=128, help="images per step")
+    parser.add_argument(
+        "--lr", type=positive, help=f"peak of the learning rate ({by_recipe('lr')})"
+    )
+    parser.add_argument(
+        "--weight-decay", type=number(float, 0), help=f"decoupled ({by_recipe('weight_decay')})"
     )
     parser.add_argument(
         "--seed", type=number(int, 0), default=0, help="for the weights and the order"

@@ -196,13 +196,36 @@ def pixel_statistics(images):
     return mean.item(), variance.sqrt().item()
 
 
-def preprocess(images, mean, std):
+def draw_changes(count, mirror, shift):
+    """Draw how `count` images are augmented, from the global random numbers of the CPU.
+
+    Args:
+        mirror: whether half of the images are mirrored.
+        shift: most pixels, 0 to 2, by which an image is moved, in either direction.
+
+    Returns:
+        int64, count x 3: 1 if mirrored, pixels down, pixels to the right.
+    """
+    mirrored = torch.randint(2 if mirror else 1, (count, 1))
+    return torch.cat([mirrored, torch.randint(-shift, shift + 1, (count, 2))], dim=1)
+
+
+def preprocess(images, mean, std, changes=None):
     """Turn images (uint8, N x 28 x 28) into network input (float, N x 1 x 32 x 32).
 
-    They are padded with black to 32x32, scaled to 0 to 1 and normalised.
+    They are padded with black to 32x32, augmented by `changes` (see `draw_changes`) if there are
+    any, and normalised.
     """
-    x = F.pad(images, (2, 2, 2, 2)).unsqueeze(1).float()
-    return x.sub_(255 * mean).div_(255 * std)
+    x = F.pad(images, (2, 2, 2, 2))
+    if changes is not None:
+        mirrored, down, right = changes.unsqueeze(2).unbind(1)
+        pixel = torch.arange(32, device=x.device)
+        # What is shifted in at one side is the margin of the other one: black as well.
+        row, column = (pixel - down) % 32, (pixel - right) % 32
+        column = torch.where(mirrored == 1, 31 - column, column)
+        source = 32 * row.unsqueeze(2) + column.unsqueeze(1)
+        x = x.flatten(1).gather(1, source.flatten(1)).view_as(x)
+    return x.unsqueeze(1).float().sub_(255 * mean).div_(255 * std)
 
 
 @torch.inference_mode()
