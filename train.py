@@ -33,7 +33,7 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     "default": Recipe("muon", True, True, True, 0, 20, 0.04, 0.015),
-    "long": Recipe("muon", True, True, True, 1, 120, 0.04, 0.01),
+    "long": Recipe("muon", True, True, True, 1, 100, 0.04, 0.015),
     "sgd": Recipe("sgd", False, False, False, 0, 20, 0.9, 0.0),
     "adamw": Recipe("adamw", False, True, False, 0, 20, 0.01, 0.03),
     "xavier": Recipe("adamw", True, True, False, 0, 20, 0.02, 0.03),

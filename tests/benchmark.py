@@ -79,14 +79,15 @@ def dataloader_loop(data_dir):
 def own_loop(images, labels):
     """Return a function that trains for some steps as train.py does, on the CPU."""
     mean, std = utils.pixel_statistics(images)
-    model = FastLeNet()
-    optimizer = train.make_optimizer(model, 1e-2, 3e-2)
-    step = train.make_step(model, optimizer, images, labels, mean, std)
+    model, recipe = FastLeNet(), train.RECIPES["default"]
+    optimizers = train.make_optimizers(model, recipe.optimizer, recipe.lr, recipe.weight_decay)
+    step = train.make_step(model, optimizers, images, labels, mean, std)
     alone = utils.Workers("cpu")
 
     def run(steps):
-        order = torch.randperm(len(images))[: steps * BATCH]
-        train.train_epoch(step, optimizer, [1e-2] * steps, order, BATCH, alone)
+        order = torch.randperm(len(images))[: steps * BATCH].unsqueeze(1)
+        plan = torch.cat([order, utils.draw_changes(len(order), mirror=True, shift=0)], dim=1)
+        train.train_epoch(step, optimizers, [1.0] * steps, plan, BATCH, alone)
 
     return run
 

@@ -30,7 +30,9 @@ MODULES = {
     "devices": ("CudaGraph", "Workers", "choose_device"),
     "muon": ("Muon",),
     "pictures": ("load_picture",),
-    "plots": ("plot_architecture", "plot_confusion", "plot_grid", "plot_metrics"),
+    "plots": (
+        *("plot_ablation", "plot_architecture", "plot_confusion", "plot_grid", "plot_metrics"),
+    ),
 }
 
 

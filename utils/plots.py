@@ -7,6 +7,14 @@ from utils.checkpoint import best_epoch, write_file
 
 GREEN, RED, GREY, BLUE, ORANGE = "#1a7f37", "#cf222e", "#57606a", "#0969da", "#bc4c00"
 LAYER_COLOURS = {"Input": "white", "Conv2d": "#cfe3f7", "AvgPool2d": "#fde3c8", "Linear": "#d5efd9"}
+RECIPE_LABELS = {
+    "sgd": "sgd: SGD, constant rate",
+    "adamw": "adamw: AdamW, one-cycle rate",
+    "xavier": "xavier: + initialisation",
+    "muon": "muon: + Muon",
+    "default": "default: + mirror images",
+    "long": "long: + shifts, more epochs",
+}
 LAYER_ACTIONS = {
     "Conv2d": "convolution",
     "AvgPool2d": "average pooling",
@@ -113,6 +121,27 @@ def plot_confusion(confusion, classes, title, path):
     ax.set(xlabel="Predicted class", ylabel="True class")
     figure.colorbar(picture, label="Share of the true class", shrink=0.85)
     ax.set_title(title)
+    _write(figure, path)
+
+
+def plot_ablation(results, path):
+    """Draw the test accuracy of each recipe: every run a dot, their mean a line.
+
+    Args:
+        results: list of dicts with recipe, epochs and test_accuracy (0 to 1) of one run each.
+    """
+    recipes = [name for name in RECIPE_LABELS if any(row["recipe"] == name for row in results)]
+    figure, ax = _figure(8.5, 0.6 * len(recipes) + 1.3)
+    for y, name in enumerate(recipes):
+        accuracies = [100 * row["test_accuracy"] for row in results if row["recipe"] == name]
+        mean = sum(accuracies) / len(accuracies)
+        ax.plot(accuracies, [y] * len(accuracies), "o", color=BLUE, alpha=0.5, markersize=6)
+        ax.plot([mean, mean], [y - 0.3, y + 0.3], color=ORANGE, linewidth=2.5)
+        ax.text(mean, y - 0.36, f"{mean:.2f} %", ha="center", fontsize=9, color=ORANGE)
+    ax.set_yticks(range(len(recipes)), [RECIPE_LABELS[name] for name in recipes])
+    ax.set(ylim=(len(recipes) - 0.5, -0.75), xlabel="Test accuracy (%)")
+    ax.grid(axis="x", alpha=0.3)
+    ax.set_title("LeNet-5 on FashionMNIST: what each ingredient is worth")
     _write(figure, path)
 
 

@@ -1,0 +1,36 @@
+"""The README, the single results behind it, and the shipped weights agree with each other."""
+
+import re
+
+import pytest
+from conftest import ROOT
+from reproduce import read_results, summary
+
+import utils
+from model import LeNet
+
+README = (ROOT / "README.md").read_text()
+RUNS = read_results()
+RECIPES = sorted({(row["dataset"], row["recipe"]) for row in RUNS})
+
+
+@pytest.mark.parametrize(("dataset", "recipe"), RECIPES)
+def test_readme_has_the_row_of_each_recipe(dataset, recipe):
+    rows = [row for row in RUNS if (row["dataset"], row["recipe"]) == (dataset, recipe)]
+    assert summary(rows) in README
+    assert [row["seed"] for row in rows] == list(range(len(rows)))
+
+
+@pytest.mark.parametrize("dataset", ["FashionMNIST", "MNIST"])
+def test_shipped_weights_have_the_accuracy_in_the_readme(real_data, dataset):
+    path = ROOT / "checkpoints" / f"lenet5-{dataset.lower()}.pt"
+    checkpoint = utils.load_checkpoint(path)
+    images, labels = utils.load_images(dataset, real_data, "test")
+    model = LeNet()
+    utils.restore(model, checkpoint, path)
+    predicted = utils.predict(model, images, checkpoint["mean"], checkpoint["std"]).argmax(dim=1)
+    right = (predicted == labels).sum().item()
+    # Rounding differs from machine to machine: it may turn an image or two.
+    row = rf"\| {dataset} \| `checkpoints/{path.name}` .*\((\d+)/10000\)"
+    shown = re.search(row, README)
+    assert abs(right - int(shown[1])) <= 3
