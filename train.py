@@ -19,25 +19,26 @@ import utils
 
 
 class Recipe(NamedTuple):
-    """What a run is made of; the options on the command line win."""
+    """What a run is made of; options on the command line win."""
 
-    optimizer: str  # sgd, adamw, or muon: Muon for the hidden layers' weights, AdamW for the rest
-    xavier: bool  # Xavier's initialisation, with the gain of the sigmoid, or PyTorch's own
-    one_cycle: bool  # the learning rate follows `one_cycle`, or it is constant
-    augment: bool  # mirror images of clothes, shifts of digits by a pixel
-    shift: int  # most pixels by which all images are shifted
-    epochs: int
-    lr: float
-    weight_decay: float
+    optimizer: str = "muon"  # for the hidden layers' weights, and AdamW for the rest; adamw; sgd
+    xavier: bool = True  # Xavier's initialisation with the gain of the sigmoid, or PyTorch's own
+    one_cycle: bool = True  # the learning rate follows `one_cycle`, or it is constant
+    augment: bool = True  # mirror images of clothes, shifts of digits by a pixel
+    shift: int = 0  # most pixels by which all images are shifted
+    epochs: int = 20
+    lr: float = 0.04
+    weight_decay: float = 0.015
 
 
+ADAMW = Recipe("adamw", augment=False, lr=0.02, weight_decay=0.03)
 RECIPES = {
-    "default": Recipe("muon", True, True, True, 0, 20, 0.04, 0.015),
-    "long": Recipe("muon", True, True, True, 1, 100, 0.04, 0.015),
-    "sgd": Recipe("sgd", False, False, False, 0, 20, 0.9, 0.0),
-    "adamw": Recipe("adamw", False, True, False, 0, 20, 0.01, 0.03),
-    "xavier": Recipe("adamw", True, True, False, 0, 20, 0.02, 0.03),
-    "muon": Recipe("muon", True, True, False, 0, 20, 0.04, 0.015),
+    "default": Recipe(),
+    "long": Recipe(shift=1, epochs=100),
+    "muon": Recipe(augment=False),
+    "xavier": ADAMW,
+    "adamw": ADAMW._replace(xavier=False, lr=0.01),
+    "sgd": Recipe("sgd", False, False, False, lr=0.9, weight_decay=0.0),
 }
 
 if __name__ == "__main__":
@@ -136,16 +137,16 @@ def one_cycle(progress):
     return (1 + math.cos(math.pi * (progress - 0.3) / 0.7)) / 2
 
 
-def make_optimizers(model, name, lr, weight_decay):
-    """Return the optimizers of `model`; on CUDA, such that a graph can record their steps.
+def make_optimizers(model, name, lr, weight_decay, capturable=False):
+    """Return the optimizers of `model`.
 
     Args:
         name: as in a `Recipe`.
         lr, weight_decay: for all parameters; with muon, AdamW has half the rate, twice the decay.
+        capturable: whether a CUDA graph is to record their steps; the rates are tensors then.
     """
     hidden = [layer.weight for layer in (model.c1, model.c3, model.c5, model.f6)]
     others = [p for p in model.parameters() if not any(p is weight for weight in hidden)]
-    capturable = hidden[0].is_cuda
     if name == "sgd":
         optimizers = [
             torch.optim.SGD(model.parameters(), lr, weight_decay=weight_decay, fused=True)
@@ -187,11 +188,11 @@ def main(argv=None):
     except RuntimeError as error:
         if not workers.lost(error):
             raise
-        again = utils.command("train.py --resume", args, workers.launcher)
-        raise utils.Error(
-            "stopped, as another worker is gone. Every epoch that was finished is saved; "
-            f"go on with: {again}"
-        ) from error
+        message = "stopped, as another worker is gone"
+        if (args.checkpoint_dir / args.dataset / "last.pt").exists():
+            again = utils.command("train.py --resume", args, workers.launcher)
+            message += f". Every epoch that was finished is saved; go on with: {again}"
+        raise utils.Error(message) from error
     finally:
         workers.close()
 
@@ -199,11 +200,12 @@ def main(argv=None):
 def train(args, checkpoint, workers):
     """Train as `args` say, after `checkpoint` if there is one, and return the exit status."""
     recipe = RECIPES[args.recipe]
-    args.dataset, train, val = load_splits(args, workers)
+    args.dataset, train_set, val_set = load_splits(args, workers)
     classes = utils.CLASSES[args.dataset]
-    mean, std = utils.pixel_statistics(train[0])
-    train = [tensor[: args.limit].to(workers.device) for tensor in train]
-    val = [tensor[: args.limit].to(workers.device) for tensor in val]
+    mean, std = utils.pixel_statistics(train_set[0])
+    train_set = [tensor[: args.limit].to(workers.device) for tensor in train_set]
+    val_set = [tensor[: args.limit].to(workers.device) for tensor in val_set]
+    train_count, val_count = len(train_set[1]), len(val_set[1])
 
     # Freed at once: from then on glibc keeps freed blocks of up to this size for the next step,
     # instead of giving them back to the system, which can take a second per epoch.
@@ -214,14 +216,15 @@ def train(args, checkpoint, workers):
         for layer in (model.c1, model.c3, model.c5, model.f6, model.f7):
             layer.reset_parameters()
     model.to(workers.device)
-    optimizers = make_optimizers(model, recipe.optimizer, args.lr, args.weight_decay)
-    step = make_step(workers.wrap(model), optimizers, *train, mean, std)
+    use_graph = workers.device.type == "cuda" and workers.count == 1
+    optimizers = make_optimizers(model, recipe.optimizer, args.lr, args.weight_decay, use_graph)
+    step = make_step(workers.wrap(model), optimizers, *train_set, mean, std)
     clothes = args.dataset == "FashionMNIST"
     mirror = recipe.augment and clothes
     shift = max(recipe.shift, int(recipe.augment and not clothes))
-    if workers.device.type == "cuda" and workers.count == 1:
+    if use_graph:
         step = utils.CudaGraph(step, args.batch_size)
-    steps_per_epoch = math.ceil(len(train[1]) / args.batch_size)
+    steps_per_epoch = math.ceil(train_count / args.batch_size)
     history = []
 
     run_dir, image_dir = args.checkpoint_dir / args.dataset, args.image_dir / args.dataset
@@ -247,7 +250,7 @@ def train(args, checkpoint, workers):
 
     where = str(workers.device) if workers.count == 1 else f"{workers.count} workers"
     print(f"LeNet-5 with {sum(p.numel() for p in model.parameters()):,} parameters on {where}")
-    print(f"{args.dataset}: {len(train[1]):,} images to train on, {len(val[1]):,} for validation\n")
+    print(f"{args.dataset}: {train_count:,} images to train on, {val_count:,} for validation\n")
     print("epoch   learning rate   train loss   accuracy   validation loss   accuracy   seconds")
     finished = len(history)
     next_plot = time.monotonic()
@@ -260,12 +263,12 @@ def train(args, checkpoint, workers):
                 for i in range(first, first + steps_per_epoch)
             ]
             # Drawn on the CPU, so that all workers and every kind of device see the same.
-            order = torch.randperm(len(train[1]))
+            order = torch.randperm(train_count)
             changes = utils.draw_changes(len(order), mirror, shift)
             plan = torch.cat([order.unsqueeze(1), changes], dim=1).to(workers.device)
             model.train()
             train_row = train_epoch(step, optimizers, rates, plan, args.batch_size, workers)
-            val_row = evaluate(model, *val, mean, std, workers)
+            val_row = evaluate(model, *val_set, mean, std, workers)
             seconds = time.perf_counter() - start
             history.append(
                 dict(zip(utils.HISTORY, (epoch, args.lr * rates[-1], *train_row, *val_row)))
@@ -292,6 +295,8 @@ def train(args, checkpoint, workers):
                     file=sys.stderr,
                 )
     except FloatingPointError as error:
+        if workers.rank > 0:
+            return 2  # rank 0 says why
         raise utils.Error(
             f"stopped in epoch {epoch}: {error}. Train again with a smaller --lr than {args.lr}; "
             f"{saved_so_far(run_dir, finished)}"
@@ -306,10 +311,10 @@ def train(args, checkpoint, workers):
         return 130
 
     best = utils.best_epoch(history)
-    correct = round(best["val_accuracy"] * len(val[1]))
+    correct = round(best["val_accuracy"] * val_count)
     print(
         f"\nBest epoch: {best['epoch']} of {args.epochs}, validation accuracy on {args.dataset} "
-        f"{best['val_accuracy']:.2%} ({correct}/{len(val[1])})\n"
+        f"{best['val_accuracy']:.2%} ({correct}/{val_count})\n"
         f"Weights:    {utils.relative(run_dir / 'best.pt')}\n"
         f"Plot:       {utils.relative(image_dir / 'metrics.png')}, its numbers in metrics.csv\n"
         f"Next:       {utils.command('test.py', args)}"
@@ -351,6 +356,10 @@ def parse_args(argv):
         )
     checkpoint = utils.load_checkpoint(path)
     saved = checkpoint["options"]
+    if "recipe" not in saved:
+        raise utils.Error(
+            f"{utils.relative(path)} was begun by an older version, which alone can go on with it"
+        )
     if path.parent.name != checkpoint["dataset"]:
         raise utils.Error(f"{utils.relative(path)} belongs to a run on {checkpoint['dataset']}")
     flags = {name: f"--{name.replace('_', '-')}" for name in RUN_OPTIONS}

@@ -33,10 +33,11 @@ COLUMNS = (
 )
 
 
-def run(dataset, recipe, seed, data_dir):
+def run(dataset, recipe, epochs, seed, data_dir):
     """Train and judge one seed as a user would; return its row of results.csv."""
-    folder = ROOT / "checkpoints" / "reproduce" / f"{recipe}-{seed}"
-    options = [f"--dataset={dataset}", f"--recipe={recipe}", f"--seed={seed}"]
+    folder = ROOT / "checkpoints" / "reproduce" / f"{recipe}-{epochs}-{seed}"
+    options = [f"--dataset={dataset}", f"--recipe={recipe}", f"--epochs={epochs}"]
+    options += [f"--seed={seed}"]
     options += [f"--data-dir={data_dir}", f"--checkpoint-dir={folder}", f"--image-dir={folder}"]
     start = time.perf_counter()
     subprocess.run([sys.executable, ROOT / "train.py", *options], check=True)
@@ -50,7 +51,7 @@ def run(dataset, recipe, seed, data_dir):
     return {
         "dataset": dataset,
         "recipe": recipe,
-        "epochs": best["options"]["epochs"],
+        "epochs": epochs,
         "seed": seed,
         "best_epoch": best["epoch"],
         "val_accuracy": best["history"][-1]["val_accuracy"],
@@ -78,7 +79,9 @@ def read_results():
 def write_results(rows):
     """Write results.csv, in the order of data sets, recipes and seeds."""
     names = list(train.RECIPES)
-    rows.sort(key=lambda row: (row["dataset"], names.index(row["recipe"]), row["seed"]))
+    rows.sort(
+        key=lambda row: (row["dataset"], names.index(row["recipe"]), -row["epochs"], row["seed"])
+    )
     text = io.StringIO()
     table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     table.writeheader()
@@ -96,6 +99,8 @@ def summary(rows):
     command = "python train.py"
     if first["recipe"] != "default":
         command += f" --recipe {first['recipe']}"
+    if first["epochs"] != train.RECIPES[first["recipe"]].epochs:
+        command += f" --epochs {first['epochs']}"
     if first["dataset"] != "FashionMNIST":
         command += f" --dataset {first['dataset']}"
     return (
@@ -109,21 +114,32 @@ def main():
     parser = argparse.ArgumentParser(description="Train and judge several seeds of a recipe.")
     parser.add_argument("--recipe", choices=tuple(train.RECIPES), default="default")
     parser.add_argument("--dataset", choices=utils.DATASETS, default="FashionMNIST")
+    parser.add_argument("--epochs", type=utils.number(int, 1), help="instead of the recipe's")
     parser.add_argument("--seeds", type=utils.number(int, 1), default=5, help="0 to SEEDS - 1")
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data")
     args = parser.parse_args()
 
-    for seed in range(args.seeds):
-        row = run(args.dataset, args.recipe, seed, args.data_dir)
-        same = {key: row[key] for key in ("dataset", "recipe", "seed")}
-        others = [old for old in read_results() if not same.items() <= old.items()]
-        write_results([*others, row])
+    epochs = args.epochs or train.RECIPES[args.recipe].epochs
+    wanted = {"dataset": args.dataset, "recipe": args.recipe, "epochs": epochs}
 
-    rows = read_results()
+    def is_new(row):
+        return wanted.items() <= row.items()
+
+    rows = [row for row in read_results() if not is_new(row)]
+    for seed in range(args.seeds):
+        rows.append(run(**wanted, seed=seed, data_dir=args.data_dir))
+        write_results(rows)
+
     utils.plot_ablation(
-        [row for row in rows if row["dataset"] == "FashionMNIST"], ROOT / "images" / "ablation.png"
+        [
+            row
+            for row in rows
+            if row["dataset"] == "FashionMNIST"
+            and row["epochs"] == train.RECIPES[row["recipe"]].epochs
+        ],
+        ROOT / "images" / "ablation.png",
     )
-    chosen = [r for r in rows if (r["dataset"], r["recipe"]) == (args.dataset, args.recipe)]
+    chosen = [row for row in rows if is_new(row)]
     best = max(chosen, key=lambda row: row["val_accuracy"])
     print(f"\n{processor()}; torch {torch.__version__}")
     print(f"Best seed by validation accuracy: {best['seed']}, {best['val_accuracy']:.2%}\n")

@@ -6,17 +6,23 @@ import pytest
 from conftest import ROOT
 from reproduce import read_results, summary
 
+import train
 import utils
 from model import LeNet
+from utils.plots import RECIPE_LABELS
 
 README = (ROOT / "README.md").read_text()
 RUNS = read_results()
-RECIPES = sorted({(row["dataset"], row["recipe"]) for row in RUNS})
+COMMANDS = sorted({(row["dataset"], row["recipe"], row["epochs"]) for row in RUNS})
 
 
-@pytest.mark.parametrize(("dataset", "recipe"), RECIPES)
-def test_readme_has_the_row_of_each_recipe(dataset, recipe):
-    rows = [row for row in RUNS if (row["dataset"], row["recipe"]) == (dataset, recipe)]
+def test_every_recipe_has_results_and_a_label_in_the_picture():
+    assert {recipe for _, recipe, _ in COMMANDS} == set(train.RECIPES) == set(RECIPE_LABELS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_readme_has_the_row_of_each_command(command):
+    rows = [row for row in RUNS if (row["dataset"], row["recipe"], row["epochs"]) == command]
     assert summary(rows) in README
     assert [row["seed"] for row in rows] == list(range(len(rows)))
 

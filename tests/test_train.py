@@ -158,6 +158,33 @@ def test_resume_after_an_interrupt_ends_with_the_same_run(
     expect_same_run(tmp_path, small_run)
 
 
+@pytest.mark.parametrize("recipe", train.RECIPES)
+def test_every_recipe_resumes_to_the_same_run(tmp_path, glyphs_dir, monkeypatch, recipe):
+    line = ["--dataset=Glyphs", "--limit=300", "--epochs=3", f"--recipe={recipe}"]
+    assert train.main([*line, *options(tmp_path / "straight", glyphs_dir)]) == 0
+
+    real, folders = train.print_epoch, options(tmp_path / "stopped", glyphs_dir)
+
+    def interrupt(history, *rest):
+        if len(history) == 2:
+            raise KeyboardInterrupt
+        real(history, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "print_epoch", interrupt)
+        assert train.main([*line, *folders]) == 130
+    assert train.main(["--resume", *folders]) == 0
+    expect_same_run(tmp_path / "straight", tmp_path / "stopped")
+
+
+def test_learning_rate_goes_up_and_down_once():
+    rates = [train.one_cycle(i / 100) for i in range(101)]
+    assert rates[0] == pytest.approx(0.04)
+    assert max(rates) == rates[30] == 1
+    assert rates == sorted(rates[:31]) + sorted(rates[31:], reverse=True)
+    assert rates[100] == pytest.approx(0)
+
+
 def test_resume_after_a_signal_ends_with_the_same_run(tmp_path, glyphs_dir):
     """The script as a user runs it, and Ctrl-C in the middle of an epoch."""
     command = [sys.executable, ROOT / "train.py", "--dataset=Glyphs", "--limit=6000", "--epochs=3"]

@@ -167,10 +167,12 @@ def relative(path):
 
 
 def command(script, args, launcher="python"):
-    """Return the command line of `script` for the data set and the folders that `args` name."""
+    """Return the command line of `script` with the data set, folders and device of `args`."""
     line = f"{launcher} {script} --dataset {args.dataset}"
     for name, (default, _) in FOLDERS.items():
         folder = getattr(args, f"{name}_dir")
         if folder != default:
             line += f" --{name}-dir {shlex.quote(str(folder))}"
+    if args.device != "auto":
+        line += f" --device {args.device}"
     return line

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -47,6 +48,10 @@ class Workers:
         self.device = choose_device(device)
         if self.count == 1:
             return
+        if self.device.type == "mps":
+            if device == "mps":
+                raise Error("torchrun cannot share an mps device: use --device cpu")
+            self.device = torch.device("cpu")
         local = {name: int(os.environ[f"LOCAL_{name}"]) for name in ("RANK", "WORLD_SIZE")}
         self.launcher = f"torchrun --nproc-per-node {local['WORLD_SIZE']}"
         if self.device.type == "cuda":
@@ -97,7 +102,8 @@ class CudaGraph:
     A step of a small network has so many short kernels that Python cannot launch them as fast as
     the GPU runs them; a recorded graph is launched as one. The function must do all its work on
     the GPU and must not wait for a result. Only full batches are recorded, after three calls that
-    warm up what is allocated once (https://docs.pytorch.org/docs/stable/notes/cuda.html).
+    warm up what is allocated once (https://docs.pytorch.org/docs/stable/notes/cuda.html). The next
+    call overwrites the tensor that a call returns.
 
     Args:
         size: length of a full batch; all full batches must have the same weight.
@@ -107,6 +113,8 @@ class CudaGraph:
         self.function, self.size = function, size
         self.calls, self.graph = 0, None
         self.stream = torch.cuda.Stream()
+        # Of optimizers that could be recorded but are not yet.
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
 
     def __call__(self, batch, weight):
         if len(batch) != self.size:
