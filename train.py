@@ -50,10 +50,7 @@ from tqdm import tqdm
 
 from model import FastLeNet
 
-RUN_OPTIONS = (
-    *("dataset", "recipe", "epochs", "batch_size", "lr", "weight_decay"),
-    *("seed", "limit"),
-)
+RUN_OPTIONS = ("dataset", "recipe", "epochs", "batch_size", "lr", "weight_decay", "seed", "limit")
 TRAINING_STATE = ("optimizers", "random")  # in last.pt, not in best.pt
 SECONDS_BETWEEN_PLOTS = 30
 

@@ -20,11 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from benchmark import processor  # noqa: E402
+from benchmark import judge, processor  # noqa: E402
 
 import train  # noqa: E402
 import utils  # noqa: E402
-from model import LeNet  # noqa: E402
 
 RESULTS = ROOT / "images" / "results.csv"
 COLUMNS = (
@@ -44,10 +43,6 @@ def run(dataset, recipe, epochs, seed, data_dir):
     seconds = time.perf_counter() - start
 
     best = utils.load_checkpoint(folder / dataset / "best.pt")
-    model = LeNet(num_classes=len(best["classes"]))
-    utils.restore(model, best, "best.pt")
-    images, labels = utils.load_images(dataset, data_dir, "test")
-    right = utils.predict(model, images, best["mean"], best["std"]).argmax(dim=1) == labels
     return {
         "dataset": dataset,
         "recipe": recipe,
@@ -55,7 +50,7 @@ def run(dataset, recipe, epochs, seed, data_dir):
         "seed": seed,
         "best_epoch": best["epoch"],
         "val_accuracy": best["history"][-1]["val_accuracy"],
-        "test_accuracy": right.double().mean().item(),
+        "test_accuracy": judge(best, data_dir)[0],
         "seconds": round(seconds, 1),
         "torch": str(torch.__version__),
         "processor": processor(),
