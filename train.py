@@ -181,7 +181,12 @@ def main(argv=None):
     args, checkpoint = parse_args(argv)
     workers = utils.Workers(args.device)
     try:
-        return train(args, checkpoint, workers)
+        args.dataset, *splits = load_splits(args, workers)
+        run_dir, image_dir = args.checkpoint_dir / args.dataset, args.image_dir / args.dataset
+        utils.make_folder(run_dir)
+        utils.make_folder(image_dir)
+        with utils.claim(*(run_dir, image_dir) if workers.rank == 0 else ()):
+            return train(args, checkpoint, workers, *splits)
     except RuntimeError as error:
         if not workers.lost(error):
             raise
@@ -194,10 +199,10 @@ def main(argv=None):
         workers.close()
 
 
-def train(args, checkpoint, workers):
+def train(args, checkpoint, workers, train_set, val_set):
     """Train as `args` say, after `checkpoint` if there is one, and return the exit status."""
     recipe = RECIPES[args.recipe]
-    args.dataset, train_set, val_set = load_splits(args, workers)
+    run_dir, image_dir = args.checkpoint_dir / args.dataset, args.image_dir / args.dataset
     classes = utils.CLASSES[args.dataset]
     mean, std = utils.pixel_statistics(train_set[0])
     train_set = [tensor[: args.limit].to(workers.device) for tensor in train_set]
@@ -224,9 +229,6 @@ def train(args, checkpoint, workers):
     steps_per_epoch = math.ceil(train_count / args.batch_size)
     history = []
 
-    run_dir, image_dir = args.checkpoint_dir / args.dataset, args.image_dir / args.dataset
-    utils.make_folder(run_dir)
-    utils.make_folder(image_dir)
     if checkpoint:
         restore_run(checkpoint, run_dir / "last.pt", model, optimizers)
         history = checkpoint["history"]
@@ -297,6 +299,11 @@ def train(args, checkpoint, workers):
         raise utils.Error(
             f"stopped in epoch {epoch}: {error}. Train again with a smaller --lr than {args.lr}; "
             f"{saved_so_far(run_dir, finished)}"
+        ) from error
+    except utils.Error as error:
+        raise utils.Error(
+            f"stopped in epoch {epoch}: {error}; {saved_so_far(run_dir, finished)}, and --resume "
+            "goes on after it"
         ) from error
     except KeyboardInterrupt:
         if workers.rank == 0:
@@ -411,14 +418,17 @@ def save_run(checkpoint, run_dir):
 
 
 def write_metrics(history, dataset, image_dir, draw):
-    """Write metrics.csv, one line per epoch, and, with `draw`, metrics.png."""
+    """Write metrics.csv, one line per epoch, and, with `draw`, metrics.png; or warn and go on."""
     text = io.StringIO()
     table = csv.DictWriter(text, utils.HISTORY, lineterminator="\n")
     table.writeheader()
     table.writerows(history)
-    utils.write_file(image_dir / "metrics.csv", text.getvalue().encode())
-    if draw:
-        utils.plot_metrics(history, dataset, image_dir / "metrics.png")
+    try:
+        utils.write_file(image_dir / "metrics.csv", text.getvalue().encode())
+        if draw:
+            utils.plot_metrics(history, dataset, image_dir / "metrics.png")
+    except utils.Error as error:
+        print(f"Warning: {error}", file=sys.stderr)
 
 
 def print_epoch(history, epochs, seconds):

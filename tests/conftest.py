@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
+import utils
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHIVES = [
@@ -18,6 +20,43 @@ ARCHIVES = [
 ]
 # A proxy that refuses connections: scripts run by the tests are cut off on every machine.
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9") | {"no_proxy": ""}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=25, help="how often test_crash.py kills its run")
+
+
+def load(tmp_path, name):
+    return utils.load_checkpoint(tmp_path / "checkpoints" / "Glyphs" / name)
+
+
+def expect_same_run(one, other):
+    """All that a run leaves behind, bit for bit."""
+    for name in ("best.pt", "last.pt"):
+        first, second = load(one, name), load(other, name)
+        assert flatten(first) == flatten(second)
+    csvs = [(folder / "images" / "Glyphs" / "metrics.csv").read_bytes() for folder in (one, other)]
+    assert csvs[0] == csvs[1]
+
+
+def flatten(value):
+    """Turn nested dicts, lists and tensors into something that == compares bit for bit."""
+    if isinstance(value, dict):
+        return {key: flatten(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [flatten(item) for item in value]
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), list(value.shape), value.numpy().tobytes()
+    return value
+
+
+def options(folder, glyphs_dir):
+    return [
+        f"--data-dir={glyphs_dir}",
+        f"--checkpoint-dir={folder / 'checkpoints'}",
+        f"--image-dir={folder / 'images'}",
+        "--device=cpu",
+    ]
 
 
 @pytest.fixture(scope="session")

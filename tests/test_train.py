@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import OFFLINE, ROOT
+from conftest import OFFLINE, ROOT, expect_same_run, flatten, load, options
 
 import train
 import utils
@@ -20,45 +20,12 @@ from model import FastLeNet, LeNet
 SMALL = ["--dataset=Glyphs", "--limit=1500", "--epochs=4", "--batch-size=100"]
 
 
-def load(tmp_path, name):
-    return utils.load_checkpoint(tmp_path / "checkpoints" / "Glyphs" / name)
-
-
-def expect_same_run(one, other):
-    """All that a run leaves behind, bit for bit."""
-    for name in ("best.pt", "last.pt"):
-        first, second = load(one, name), load(other, name)
-        assert flatten(first) == flatten(second)
-    csvs = [(folder / "images" / "Glyphs" / "metrics.csv").read_bytes() for folder in (one, other)]
-    assert csvs[0] == csvs[1]
-
-
-def flatten(value):
-    """Turn nested dicts, lists and tensors into something that == compares bit for bit."""
-    if isinstance(value, dict):
-        return {key: flatten(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [flatten(item) for item in value]
-    if isinstance(value, torch.Tensor):
-        return str(value.dtype), list(value.shape), value.numpy().tobytes()
-    return value
-
-
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory, glyphs_dir):
     """The folder of a small run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("small")
     assert train.main([*SMALL, *options(folder, glyphs_dir)]) == 0
     return folder
-
-
-def options(folder, glyphs_dir):
-    return [
-        f"--data-dir={glyphs_dir}",
-        f"--checkpoint-dir={folder / 'checkpoints'}",
-        f"--image-dir={folder / 'images'}",
-        "--device=cpu",
-    ]
 
 
 def test_it_learns_glyphs_in_three_epochs(glyphs_run):

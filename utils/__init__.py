@@ -20,8 +20,8 @@ from utils.cli import (  # noqa: F401 - for the scripts
 
 MODULES = {
     "checkpoint": (
-        *("FORMAT", "HISTORY", "best_epoch", "load_checkpoint", "make_folder", "newest"),
-        *("restore", "save", "write_file"),
+        *("FORMAT", "HISTORY", "best_epoch", "claim", "load_checkpoint", "make_folder"),
+        *("newest", "restore", "save", "write_file"),
     ),
     "data": (
         *("CLASSES", "draw_changes", "load_images", "load_train_images", "pixel_statistics"),

@@ -1,9 +1,15 @@
 """Files that are whole or not there: safe writing, and checkpoints that can be trusted."""
 
+import contextlib
 import io
 import os
 import zipfile
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import torch
 
@@ -33,10 +39,12 @@ SIZE_LIMIT = 64 * 2**20  # bytes; ours are below 1 MiB, the larger half of Glyph
 def write_file(path, data):
     """Write the bytes `data` to `path`: after a crash the file is the old or the new one, whole.
 
+    A link stays one: the file that it names is written.
+
     Raises:
         Error: the file cannot be written; what was there before is untouched.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +58,9 @@ def write_file(path, data):
             temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise Error(f"cannot write {relative(path)}: {error.strerror}") from error
+        raise Error(
+            f"cannot write {relative(path)}: {error.strerror} (what was there before is untouched)"
+        ) from error
 
 
 def save(obj, path):
@@ -154,3 +164,29 @@ def make_folder(path):
         raise Error(f"cannot make the folder {relative(path)}: {error.strerror}") from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise Error(f"cannot write into the folder {relative(path)}: choose another one")
+
+
+@contextlib.contextmanager
+def claim(*folders):
+    """Keep the other runs on this machine out of `folders` within a with statement.
+
+    The system forgets the claim when the process ends, however it does. Windows has no such lock.
+
+    Raises:
+        Error: another run is at work in one of them.
+    """
+    descriptors = []
+    try:
+        for folder in {Path(folder).resolve() for folder in folders} if fcntl else ():
+            descriptors.append(os.open(folder, os.O_RDONLY))
+            try:
+                fcntl.flock(descriptors[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Error(
+                    f"another run is at work in {relative(folder)}: wait for its end, or choose "
+                    "another folder"
+                ) from None
+        yield
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)

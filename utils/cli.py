@@ -51,6 +51,8 @@ class Parser(argparse.ArgumentParser):
 
     def check(self):
         """Answer --help, and refuse bad options, before torch is imported: that takes seconds."""
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from within the imports
         try:
             self.parse_args()
         except Error as error:
@@ -141,7 +143,10 @@ def number(kind, low, above=False):
 
 def run(main):
     """Run a script's `main` and exit with its status; an `Error` is one line and status 2."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as `Parser.check` left it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops a run as Ctrl-C does
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names that the terminal cannot show
     try:
         sys.exit(main())
     except Error as error:
