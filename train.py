@@ -393,11 +393,12 @@ def restore_run(checkpoint, path, model, optimizers):
         for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
             # The groups hold the rate and the device's settings: those of this run, not that one.
             groups = optimizer.state_dict()["param_groups"]
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for index, state in saved["state"].items():
+                shapes = {value.shape for value in state.values() if value.ndim > 0}
+                if not shapes <= {parameters[index].shape}:
+                    raise ValueError("a state has the wrong shape")
             optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-            for parameter, state in optimizer.state.items():
-                for value in state.values():
-                    if value.ndim > 0 and value.shape != parameter.shape:
-                        raise ValueError("a state has the wrong shape")
         torch.set_rng_state(checkpoint["random"])
     except Exception as error:  # whatever a foreign or altered state can break
         raise utils.Error(

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import http.server
+import random
 import socket
 import struct
 import threading
@@ -209,6 +210,23 @@ def test_damaged_archive_is_named_and_fetched_again(tmp_path, archives, serve, c
     assert {name for _, name in requests} == {ARCHIVES[2]}
     assert f"{ARCHIVES[2]} is damaged" in capsys.readouterr().err
     assert (raw / ARCHIVES[2]).read_bytes() == archives[ARCHIVES[2]]
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_every_damage_of_an_archive_is_found(tmp_path, archives, monkeypatch, name):
+    """50 truncations, 200 flipped bits, an empty file, a text: none gets through."""
+    monkeypatch.setattr(data, "_ask", lambda url: (_ for _ in ()).throw(OSError("no network")))
+    raw, content, rng = fill(tmp_path, archives), archives[name], random.Random(0)
+    damaged = [content[: len(content) * i // 50] for i in range(50)] + [b"text\n"]
+    for _ in range(200):
+        flipped = bytearray(content)
+        flipped[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        damaged.append(bytes(flipped))
+    for wrong in damaged:
+        (raw / name).write_bytes(wrong)
+        with pytest.raises(data.Unavailable, match=f"{name} is damaged and cannot be fetched"):
+            data.load_images("FashionMNIST", tmp_path, "train" if "train" in name else "test")
+    assert (raw / name).read_bytes() == wrong  # nobody has touched it
 
 
 def test_damaged_unpacked_file_without_its_archive_is_an_error(tmp_path, archives, serve):

@@ -160,23 +160,6 @@ def test_shipped_weights_are_good(real_data, tmp_path, capsys, dataset, percent)
     assert float(re.search(rf"Test accuracy on {dataset}: (.*?)%", out)[1]) >= percent
 
 
-def test_contradictions_and_bad_options_are_refused(options, glyphs_run, tmp_path):
-    best = glyphs_run / "checkpoints" / "Glyphs" / "best.pt"
-    for line, match in (
-        ([f"--checkpoint={best}", "--dataset=MNIST"], "trained on Glyphs, not MNIST"),
-        ([f"--checkpoint={tmp_path / 'none.pt'}"], "does not exist"),
-        ([f"--checkpoint={tmp_path}"], "no file"),
-        (["--seed=-1"], "-1"),
-        (["--image"], "--image"),
-        (["--limit=3"], "--limit"),
-        (["shoe.png"], "shoe.png"),
-        (["--dataset=EMNIST"], "EMNIST"),
-    ):
-        with pytest.raises(utils.Error, match=match):
-            judge.main([*options, *line])
-    assert not (tmp_path / "images").exists()
-
-
 def test_own_pictures_are_classified(options, tmp_path, glyphs_dir, capsys):
     images, labels = utils.load_images("Glyphs", glyphs_dir, "test")
     clear = images.flatten(1).double().std(dim=1).argsort(descending=True)[:3].tolist()

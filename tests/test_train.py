@@ -3,15 +3,11 @@
 import csv
 import io
 import math
-import os
 import re
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import OFFLINE, ROOT, expect_same_run, flatten, load, options
+from conftest import expect_same_run, flatten, load, options
 
 import train
 import utils
@@ -152,36 +148,6 @@ def test_learning_rate_goes_up_and_down_once():
     assert rates[100] == pytest.approx(0)
 
 
-def test_resume_after_a_signal_ends_with_the_same_run(tmp_path, glyphs_dir):
-    """The script as a user runs it, and Ctrl-C in the middle of an epoch."""
-    command = [sys.executable, ROOT / "train.py", "--dataset=Glyphs", "--limit=6000", "--epochs=3"]
-    folders = options(tmp_path / "stopped", glyphs_dir)
-    process = subprocess.Popen(
-        [*command, *folders],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | OFFLINE,
-        # A background shell ignores Ctrl-C, and its children would inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    for line in process.stdout:
-        if re.match(r" *1/3 ", line):
-            break
-    while not (tmp_path / "stopped" / "images" / "Glyphs" / "metrics.png").exists():
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "is saved" in err
-    assert "Traceback" not in err
-
-    subprocess.run([*command[:2], "--resume", *folders], check=True, capture_output=True)
-    straight = options(tmp_path / "straight", glyphs_dir)
-    subprocess.run([*command, *straight], check=True, capture_output=True)
-    expect_same_run(tmp_path / "stopped", tmp_path / "straight")
-
-
 def test_crash_between_last_and_best_is_mended(tmp_path, small_run, glyphs_dir, monkeypatch):
     """The first save of best.pt never happens; resuming makes up for it."""
     real = utils.save
@@ -308,47 +274,3 @@ def test_output_without_a_terminal_is_plain(tmp_path, glyphs_dir, capsys):
     assert len({len(row.removesuffix("  best so far")) for row in rows}) == 1  # aligned
     assert re.search(r"Best epoch: \d of 2, validation accuracy on Glyphs .*/1500\)", out)
     assert "python test.py --dataset Glyphs" in out
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "--epochs 0",
-        "--epochs -1",
-        "--epochs 2.5",
-        "--epochs many",
-        "--epochs 99999999999999999999",
-        "--batch-size 0",
-        "--lr 0",
-        "--lr -0.1",
-        "--lr nan",
-        "--lr inf",
-        "--weight-decay -1",
-        "--weight-decay nan",
-        "--seed -1",
-        "--limit 0",
-        "--dataset CIFAR10",
-        "--device tpu",
-        "--epoch 3",
-        "--resume now",
-    ],
-)
-def test_bad_options_are_refused_in_one_line(folders, tmp_path, line):
-    with pytest.raises(utils.Error) as caught:
-        train.main([*folders, *line.split()])
-    assert line.split()[-1] in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_device_that_is_not_there_is_refused(folders):
-    with pytest.raises(utils.Error, match="cuda is not available"):
-        train.main(["--dataset=Glyphs", *folders[:3], "--device=cuda"])
-
-
-def test_folder_that_is_a_file_is_refused(tmp_path, glyphs_dir):
-    (tmp_path / "checkpoints").write_text("mine")
-    with pytest.raises(utils.Error, match="checkpoints"):
-        train.main([*SMALL, *options(tmp_path, glyphs_dir)])
-    assert (tmp_path / "checkpoints").read_text() == "mine"

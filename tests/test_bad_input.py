@@ -1,0 +1,115 @@
+"""Bad command lines and bad files: one line, status 2, no traceback, and nothing is written."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+from conftest import options
+from PIL import Image
+
+import train
+import utils
+
+judge = importlib.import_module("test")  # a plain import is sorted among the standard library
+
+# Refused by the scripts before torch is imported. The last word is in the message.
+TRAIN = [
+    *("--epochs 0", "--epochs -1", "--epochs 2.5", "--epochs many", "--epochs nan"),
+    *("--epochs 99999999999999999999", "--epochs=", "--epoch 3", "--epochs 1 2"),
+    *("--batch-size 0", "--batch-size -8", "--batch-size 1e3"),
+    *("--lr 0", "--lr -0.1", "--lr nan", "--lr inf", "--lr 1e999", "--lr fast"),
+    *("--weight-decay -1", "--weight-decay nan", "--weight-decay inf"),
+    *("--seed -1", "--seed 18446744073709551616", "--seed 0x10"),
+    *("--limit 0", "--limit -5", "--limit all"),
+    *("--dataset CIFAR10", "--dataset mnist", "--recipe best", "--recipe=LONG", "--device tpu"),
+    *("--resume now", "--image shoe.png", "--momentum 0.9", "FashionMNIST"),
+]
+TEST = [
+    *("--seed -1", "--seed 1.5", "--seed now", "--dataset EMNIST", "--device gpu"),
+    *("--image", "--checkpoint", "--limit 3", "--epochs 3", "--resume", "shoe.png"),
+]
+
+
+@pytest.mark.parametrize(
+    ("script", "line"),
+    [*(("train.py", line) for line in TRAIN), *(("test.py", line) for line in TEST)],
+)
+def test_bad_options_are_refused_by_the_scripts(run_script, tmp_path, script, line):
+    result = run_script(script, *line.split())
+    assert result.returncode == 2
+    assert not result.stdout
+    assert result.stderr.startswith(f"{script}: error: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert line.replace("=", " ").split()[-1] in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Run `main` as its script does, expect one line and status 2, and return that line."""
+
+    def run(main, *line):
+        monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, line)])
+        with pytest.raises(SystemExit) as caught:
+            utils.run(main)
+        err = capsys.readouterr().err
+        assert caught.value.code == 2, err
+        assert len(err.splitlines()) == 1, err
+        assert err.startswith(f"{main.__module__}.py: error: ")
+        return err
+
+    return run
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_folders_that_are_none_are_refused(refused, tmp_path, glyphs_dir):
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    good = options(tmp_path, glyphs_dir)
+    for bad in ("--data-dir", "--checkpoint-dir", "--image-dir"):
+        line = [option for option in good if not option.startswith(bad)]
+        assert "mine" in refused(train.main, "--dataset=Glyphs", *line, f"{bad}={mine}")
+    assert mine.read_text() == "mine"
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_weights_that_are_none_are_refused(refused, glyphs_run, glyphs_dir, tmp_path):
+    best = glyphs_run / "checkpoints" / "Glyphs" / "best.pt"
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    folders = options(tmp_path, glyphs_dir)
+    for line, message in (
+        ([f"--checkpoint={best}", "--dataset=MNIST"], "trained on Glyphs, not MNIST"),
+        ([f"--checkpoint={tmp_path / 'none.pt'}"], "none.pt does not exist"),
+        ([f"--checkpoint={tmp_path}"], "no file"),
+        ([f"--checkpoint={mine}"], "mine is damaged, or no file of this project"),
+        (["--dataset=Glyphs"], "no run on Glyphs"),
+    ):
+        assert message in refused(judge.main, *folders, *line)
+    assert files(tmp_path) == {mine: b"mine"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_device_that_is_not_there_is_refused(refused, glyphs_run, tmp_path, glyphs_dir):
+    line = ["--dataset=Glyphs", *options(tmp_path, glyphs_dir), "--device=cuda"]
+    assert "cuda is not available" in refused(train.main, *line)
+    line += [f"--checkpoint-dir={glyphs_run / 'checkpoints'}"]
+    assert "cuda is not available" in refused(judge.main, *line)
+    assert not files(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["none.png", "page.pdf", "dot.png", "huge.png", "film.gif", "."])
+def test_pictures_that_are_none_are_refused(refused, glyphs_run, glyphs_dir, tmp_path, name):
+    (tmp_path / "page.pdf").write_bytes(b"%PDF-1.4\n")
+    Image.new("L", (1, 1)).save(tmp_path / "dot.png")
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
+    frames = [Image.new("L", (20, 20), shade) for shade in (0, 255)]
+    frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
+    best = glyphs_run / "checkpoints" / "Glyphs" / "best.pt"
+    line = [f"--checkpoint={best}", *options(tmp_path / "out", glyphs_dir)]
+    assert name in refused(judge.main, *line, "--image", tmp_path / name)
+    assert not (tmp_path / "out").exists()
