@@ -104,7 +104,8 @@ def report_test_set(args, checkpoint, images, labels, logits):
 
     wrong = (~right).nonzero().squeeze(1)
     worst = wrong[confidence[wrong].argsort(descending=True)][:64]
-    title = f"LeNet-5 on {dataset}: the {len(worst)} wrong test images that it was surest of"
+    which = f"all {len(wrong)}" if len(wrong) <= 64 else f"64 of {len(wrong)}"
+    title = f"LeNet-5 on {dataset}: {which} wrong test images, the surest first"
     path = folder / "mistakes.png"
     if len(worst):
         utils.plot_grid(images[worst], captions(worst, True), title, path, right[worst])

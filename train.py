@@ -70,14 +70,12 @@ def make_step(network, optimizers, images, labels, mean, std):
 
     def step(batch, weight):
         x = utils.preprocess(images[batch[:, 0]], mean, std, batch[:, 1:])
-        y = labels[batch[:, 0]]
-        logits = network(x)
-        loss = F.cross_entropy(logits, y, reduction="sum")
+        loss, right = loss_and_right(network(x), labels[batch[:, 0]])
         network.zero_grad()
         (weight * loss).backward()
         for optimizer in optimizers:
             optimizer.step()
-        return torch.stack([loss.detach(), (logits.argmax(dim=1) == y).sum()])
+        return torch.stack([loss.detach(), right])
 
     return step
 
@@ -106,10 +104,14 @@ def train_epoch(step, optimizers, rates, plan, batch_size, workers):
 def evaluate(model, images, labels, mean, std, workers):
     """Return mean loss and accuracy (0 to 1) of `model` on images (uint8, N x 28 x 28)."""
     share = slice(workers.rank, None, workers.count)
-    logits, y = utils.predict(model, images[share], mean, std), labels[share]
-    loss = F.cross_entropy(logits, y, reduction="sum")
-    total = torch.stack([loss, (logits.argmax(dim=1) == y).sum()])
-    return mean_of(total, len(labels), workers)
+    sums = loss_and_right(utils.predict(model, images[share], mean, std), labels[share])
+    return mean_of(torch.stack(sums), len(labels), workers)
+
+
+def loss_and_right(logits, labels):
+    """Return the sum of the losses and the number of right answers."""
+    right = logits.argmax(dim=1) == labels
+    return F.cross_entropy(logits, labels, reduction="sum"), right.sum()
 
 
 def mean_of(total, count, workers):

@@ -74,7 +74,9 @@ def test_run_that_is_killed_again_and_again(tmp_path, context, whole_run, glyphs
         resume = (run / "checkpoints" / "Glyphs" / "last.pt").exists()
         line = [*(["--resume"] if resume else RUN), *options(run, glyphs_dir)]
         fatal = rng.choice([0, rng.randint(1, 40)]) if kills else 0
-        process = context.Process(target=work, args=(line, tmp_path / "log.txt", run, fatal))
+        process = context.Process(
+            target=work, args=(line, tmp_path / "log.txt", run, fatal), daemon=True
+        )
         process.start()
         if kills and not fatal:
             process.join(rng.uniform(0, 1.5))
