@@ -26,6 +26,7 @@ class Recipe(NamedTuple):
     one_cycle: bool = True  # the learning rate follows `one_cycle`, or it is constant
     augment: bool = True  # mirror images of clothes, shifts of digits by a pixel
     shift: int = 0  # most pixels by which all images are shifted
+    label_smoothing: float = 0.0  # share of each label that is spread over all classes
     epochs: int = 20
     lr: float = 0.04
     weight_decay: float = 0.015
@@ -34,7 +35,7 @@ class Recipe(NamedTuple):
 ADAMW = Recipe("adamw", augment=False, lr=0.02, weight_decay=0.03)
 RECIPES = {
     "default": Recipe(),
-    "long": Recipe(shift=1, epochs=100),
+    "long": Recipe(shift=1, label_smoothing=0.05, epochs=150, weight_decay=0.01),
     "muon": Recipe(augment=False),
     "xavier": ADAMW,
     "adamw": ADAMW._replace(xavier=False, lr=0.01),
@@ -55,27 +56,31 @@ TRAINING_STATE = ("optimizers", "random")  # in last.pt, not in best.pt
 SECONDS_BETWEEN_PLOTS = 30
 
 
-def make_step(network, optimizers, images, labels, mean, std):
+def make_step(network, optimizers, images, labels, mean, std, label_smoothing):
     """Return the function that trains `network` on one batch.
 
     Args:
         images: uint8, N x 28 x 28; labels: int64, N; both on the device of `network`.
         mean, std: of the pixels, for `utils.preprocess`.
+        label_smoothing: of the loss that is minimised (Szegedy et al., "Rethinking the Inception
+            architecture for computer vision", 2015, section 7).
 
     The function takes the batch (int64, B x 4: the indices of its images, and what
     `utils.draw_changes` has drawn for them) and the weight of an image in the loss. It returns the
-    sum of the unweighted loss and the number of right answers before the update, as a tensor, so
-    that the device need not be waited for.
+    sum of the plain loss and the number of right answers before the update, as a tensor, so that
+    the device need not be waited for.
     """
 
     def step(batch, weight):
         x = utils.preprocess(images[batch[:, 0]], mean, std, batch[:, 1:])
-        loss, right = loss_and_right(network(x), labels[batch[:, 0]])
+        y = labels[batch[:, 0]]
+        logits = network(x)
+        loss = F.cross_entropy(logits, y, reduction="sum", label_smoothing=label_smoothing)
         network.zero_grad()
         (weight * loss).backward()
         for optimizer in optimizers:
             optimizer.step()
-        return torch.stack([loss.detach(), right])
+        return loss_and_right(logits.detach(), y)
 
     return step
 
@@ -105,13 +110,13 @@ def evaluate(model, images, labels, mean, std, workers):
     """Return mean loss and accuracy (0 to 1) of `model` on images (uint8, N x 28 x 28)."""
     share = slice(workers.rank, None, workers.count)
     sums = loss_and_right(utils.predict(model, images[share], mean, std), labels[share])
-    return mean_of(torch.stack(sums), len(labels), workers)
+    return mean_of(sums, len(labels), workers)
 
 
 def loss_and_right(logits, labels):
-    """Return the sum of the losses and the number of right answers."""
-    right = logits.argmax(dim=1) == labels
-    return F.cross_entropy(logits, labels, reduction="sum"), right.sum()
+    """Return the sum of the losses and the number of right answers, as one tensor."""
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    return torch.stack([loss, (logits.argmax(dim=1) == labels).sum()])
 
 
 def mean_of(total, count, workers):
@@ -222,7 +227,8 @@ def train(args, checkpoint, workers, train_set, val_set):
     model.to(workers.device)
     use_graph = workers.device.type == "cuda" and workers.count == 1
     optimizers = make_optimizers(model, recipe.optimizer, args.lr, args.weight_decay, use_graph)
-    step = make_step(workers.wrap(model), optimizers, *train_set, mean, std)
+    network = workers.wrap(model)
+    step = make_step(network, optimizers, *train_set, mean, std, recipe.label_smoothing)
     clothes = args.dataset == "FashionMNIST"
     mirror = recipe.augment and clothes
     shift = max(recipe.shift, int(recipe.augment and not clothes))

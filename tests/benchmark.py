@@ -81,7 +81,7 @@ def own_loop(images, labels):
     mean, std = utils.pixel_statistics(images)
     model, recipe = FastLeNet(), train.RECIPES["default"]
     optimizers = train.make_optimizers(model, recipe.optimizer, recipe.lr, recipe.weight_decay)
-    step = train.make_step(model, optimizers, images, labels, mean, std)
+    step = train.make_step(model, optimizers, images, labels, mean, std, recipe.label_smoothing)
     alone = utils.Workers("cpu")
 
     def run(steps):

@@ -13,7 +13,7 @@ RECIPE_LABELS = {
     "xavier": "xavier: + initialisation",
     "muon": "muon: + Muon",
     "default": "default: + mirror images",
-    "long": "long: + shifts, more epochs",
+    "long": "long: + shifts, smooth labels, 150 epochs",
 }
 LAYER_ACTIONS = {
     "Conv2d": "convolution",
