@@ -102,9 +102,13 @@ def test_device_that_is_not_there_is_refused(refused, glyphs_run, tmp_path, glyp
     assert not files(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["none.png", "page.pdf", "dot.png", "huge.png", "film.gif", "."])
+@pytest.mark.parametrize(
+    "name", ["none.png", "page.pdf", "code.eps", "dot.png", "huge.png", "film.gif", "."]
+)
 def test_pictures_that_are_none_are_refused(refused, glyphs_run, glyphs_dir, tmp_path, name):
     (tmp_path / "page.pdf").write_bytes(b"%PDF-1.4\n")
+    draw_code = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    (tmp_path / "code.eps").write_bytes(draw_code)  # a program, which Pillow hands to Ghostscript
     Image.new("L", (1, 1)).save(tmp_path / "dot.png")
     Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
     frames = [Image.new("L", (20, 20), shade) for shade in (0, 255)]

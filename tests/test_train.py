@@ -205,14 +205,43 @@ def test_resume_of_another_data_set_finds_no_run(small_run, glyphs_dir):
         train.main(["--resume", "--dataset=MNIST", *options(small_run, glyphs_dir)])
 
 
-def test_resume_refuses_weights_without_their_training_state(tmp_path, small_run, glyphs_dir):
-    folder = tmp_path / "checkpoints" / "Glyphs"
-    folder.mkdir(parents=True)
-    (folder / "last.pt").write_bytes(
-        (small_run / "checkpoints" / "Glyphs" / "best.pt").read_bytes()
-    )
-    with pytest.raises(utils.Error, match="cannot be resumed"):
+def huge_state(last):
+    """A state of 4 bytes that claims to be 4 TB, and would be if it were copied."""
+    last["optimizers"][0]["state"][0]["momentum"] = torch.zeros(1).double().expand(10**6, 10**6)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda last: [last.pop("optimizers"), last.pop("random")], "cannot be resumed"),
+        (lambda last: last["optimizers"].pop(), "cannot be resumed"),
+        (lambda last: last["optimizers"][1]["state"].update({99: {}}), "cannot be resumed"),
+        (huge_state, "cannot be resumed"),
+        (lambda last: last.update(random=torch.zeros(3, dtype=torch.uint8)), "cannot be resumed"),
+        (lambda last: last["model"]["f7.bias"].fill_(math.nan), "f7.bias has values"),
+        (lambda last: last["model"].pop("c1.bias"), "c1.bias is missing"),
+        (lambda last: last.update(dataset="MNIST"), "belongs to a run on MNIST"),
+        (lambda last: last["options"].update(epochs=-3), "cannot be resumed: .*epochs"),
+        (lambda last: last["options"].update(lr="fast"), "cannot be resumed: .*lr"),
+        (lambda last: last["options"].update(recipe="best"), "cannot be resumed: .*recipe"),
+        (lambda last: last["options"].clear(), "older version"),
+        (lambda last: last.update(format=utils.FORMAT + 1), "update the project"),
+    ],
+)
+def test_resume_refuses_what_train_py_cannot_have_written(
+    tmp_path, small_run, glyphs_dir, change, match
+):
+    last = load(small_run, "last.pt")
+    change(last)
+    path = tmp_path / "checkpoints" / "Glyphs" / "last.pt"
+    utils.save(last, path)
+    before = path.read_bytes()
+    with pytest.raises(utils.Error, match=match) as caught:
         train.main(["--resume", *options(tmp_path, glyphs_dir)])
+    assert "last.pt" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == before
+    assert not list(tmp_path.rglob("best.pt"))
 
 
 def test_new_run_says_that_it_overwrites_an_unfinished_one(tmp_path, glyphs_dir, capsys):

@@ -6,6 +6,7 @@ import torch
 from utils.cli import Error, relative
 
 PIXEL_LIMIT = 100_000_000  # beyond any camera; a small file can claim to hold far more
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")  # none that runs a program
 BOX = {"FashionMNIST": 28, "MNIST": 20, "Glyphs": 20}  # longer side of the object, in pixels
 
 
@@ -61,7 +62,7 @@ def _read_grey(path):
 
     shown = relative(path)
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             if picture.width * picture.height > PIXEL_LIMIT:
                 raise Error(f"{shown} is too large: {picture.width}x{picture.height} pixels")
             if getattr(picture, "is_animated", False) and picture.format != "MPO":
