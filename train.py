@@ -123,11 +123,11 @@ def mean_of(total, count, workers):
     """Return loss and accuracy per image, from each worker's sums over `count` images in all.
 
     Raises:
-        FloatingPointError: the loss is not finite.
+        Error: the loss is not finite.
     """
     loss, right = workers.sum(total).tolist()
     if not math.isfinite(loss):
-        raise FloatingPointError("the loss is no longer finite")
+        raise utils.Error("the loss is no longer finite, which needs a smaller --lr")
     return loss / count, right / count
 
 
@@ -208,9 +208,8 @@ def main(argv=None):
 
 def train(args, checkpoint, workers, train_set, val_set):
     """Train as `args` say, after `checkpoint` if there is one, and return the exit status."""
-    recipe = RECIPES[args.recipe]
+    recipe, classes = RECIPES[args.recipe], utils.CLASSES[args.dataset]
     run_dir, image_dir = args.checkpoint_dir / args.dataset, args.image_dir / args.dataset
-    classes = utils.CLASSES[args.dataset]
     mean, std = utils.pixel_statistics(train_set[0])
     train_set = [tensor[: args.limit].to(workers.device) for tensor in train_set]
     val_set = [tensor[: args.limit].to(workers.device) for tensor in val_set]
@@ -220,23 +219,14 @@ def train(args, checkpoint, workers, train_set, val_set):
     # instead of giving them back to the system, which can take a second per epoch.
     torch.empty(31 * 2**20, dtype=torch.uint8)
     torch.manual_seed(args.seed)
-    model = FastLeNet(num_classes=len(classes))
-    if not recipe.xavier:
-        for layer in (model.c1, model.c3, model.c5, model.f6, model.f7):
-            layer.reset_parameters()
-    model.to(workers.device)
+    model = make_model(recipe, len(classes)).to(workers.device)
     use_graph = workers.device.type == "cuda" and workers.count == 1
     optimizers = make_optimizers(model, recipe.optimizer, args.lr, args.weight_decay, use_graph)
     network = workers.wrap(model)
     step = make_step(network, optimizers, *train_set, mean, std, recipe.label_smoothing)
-    clothes = args.dataset == "FashionMNIST"
-    mirror = recipe.augment and clothes
-    shift = max(recipe.shift, int(recipe.augment and not clothes))
     if use_graph:
         step = utils.CudaGraph(step, args.batch_size)
-    steps_per_epoch = math.ceil(train_count / args.batch_size)
     history = []
-
     if checkpoint:
         restore_run(checkpoint, run_dir / "last.pt", model, optimizers)
         history = checkpoint["history"]
@@ -259,67 +249,50 @@ def train(args, checkpoint, workers, train_set, val_set):
     print(f"LeNet-5 with {sum(p.numel() for p in model.parameters()):,} parameters on {where}")
     print(f"{args.dataset}: {train_count:,} images to train on, {val_count:,} for validation\n")
     print("epoch   learning rate   train loss   accuracy   validation loss   accuracy   seconds")
-    finished = len(history)
     next_plot = time.monotonic()
     try:
         for epoch in range(len(history) + 1, args.epochs + 1):
             start = time.perf_counter()
-            first = (epoch - 1) * steps_per_epoch
-            rates = [
-                one_cycle(i / (args.epochs * steps_per_epoch)) if recipe.one_cycle else 1.0
-                for i in range(first, first + steps_per_epoch)
-            ]
-            # Drawn on the CPU, so that all workers and every kind of device see the same.
-            order = torch.randperm(train_count)
-            changes = utils.draw_changes(len(order), mirror, shift)
-            plan = torch.cat([order.unsqueeze(1), changes], dim=1).to(workers.device)
+            rates = rates_of_epoch(epoch, args, recipe, train_count)
+            plan = draw_plan(train_count, args.dataset, recipe).to(workers.device)
             model.train()
             train_row = train_epoch(step, optimizers, rates, plan, args.batch_size, workers)
             val_row = evaluate(model, *val_set, mean, std, workers)
             seconds = time.perf_counter() - start
-            history.append(
-                dict(zip(utils.HISTORY, (epoch, args.lr * rates[-1], *train_row, *val_row)))
-            )
+            row = dict(zip(utils.HISTORY, (epoch, args.lr * rates[-1], *train_row, *val_row)))
 
             if workers.rank > 0:
                 continue
-            training_state = {
+            checkpoint = about | {
+                "epoch": epoch,
+                "history": [*history, row],
+                "model": model.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "random": torch.get_rng_state(),
             }
-            progress = {"epoch": epoch, "history": history, "model": model.state_dict()}
-            save_run(about | progress | training_state, run_dir)
-            finished = epoch
+            save_run(checkpoint, run_dir)
+            history.append(row)
             print_epoch(history, args.epochs, seconds)
             draw = epoch == args.epochs or time.monotonic() >= next_plot
             write_metrics(history, args.dataset, image_dir, draw)
             if draw:
                 next_plot = time.monotonic() + SECONDS_BETWEEN_PLOTS
-            if epoch == 2 and history[-1]["val_accuracy"] < 1.5 / len(classes):
+            if epoch == 2 and row["val_accuracy"] < 1.5 / len(classes):
                 print(
                     "Warning: after 2 epochs the accuracy is still at chance. Stop with Ctrl-C and "
                     f"try a smaller --lr than {args.lr}, or more images per class.",
                     file=sys.stderr,
                 )
-    except FloatingPointError as error:
+    except utils.Error as error:
         if workers.rank > 0:
             return 2  # rank 0 says why
-        raise utils.Error(
-            f"stopped in epoch {epoch}: {error}. Train again with a smaller --lr than {args.lr}; "
-            f"{saved_so_far(run_dir, finished)}"
-        ) from error
-    except utils.Error as error:
-        raise utils.Error(
-            f"stopped in epoch {epoch}: {error}; {saved_so_far(run_dir, finished)}, and --resume "
-            "goes on after it"
-        ) from error
+        message = f"stopped in epoch {epoch}: {error}; {saved_so_far(history, args, workers)}"
+        raise utils.Error(message) from error
     except KeyboardInterrupt:
         if workers.rank == 0:
-            print(f"\nStopped: {saved_so_far(run_dir, finished)}.", file=sys.stderr)
-        if workers.rank == 0 and finished:
-            again = utils.command("train.py --resume", args, workers.launcher)
-            print(f"Go on with: {again}", file=sys.stderr)
-            write_metrics(history[:finished], args.dataset, image_dir, draw=True)
+            print(f"\nStopped: {saved_so_far(history, args, workers)}", file=sys.stderr)
+        if workers.rank == 0 and history:
+            write_metrics(history, args.dataset, image_dir, draw=True)
         return 130
 
     best = utils.best_epoch(history)
@@ -332,6 +305,35 @@ def train(args, checkpoint, workers, train_set, val_set):
         f"Next:       {utils.command('test.py', args)}"
     )
     return 0
+
+
+def make_model(recipe, num_classes):
+    """Return a new network, its weights drawn from the global random numbers."""
+    model = FastLeNet(num_classes)
+    if not recipe.xavier:
+        for layer in (model.c1, model.c3, model.c5, model.f6, model.f7):
+            layer.reset_parameters()
+    return model
+
+
+def rates_of_epoch(epoch, args, recipe, count):
+    """Return the learning rate of each step in `epoch` over `count` images, as shares of the peak."""
+    steps = math.ceil(count / args.batch_size)
+    if not recipe.one_cycle:
+        return [1.0] * steps
+    return [one_cycle(i / (args.epochs * steps)) for i in range((epoch - 1) * steps, epoch * steps)]
+
+
+def draw_plan(count, dataset, recipe):
+    """Draw the order of `count` images and their augmentation (int64, N x 4), as `make_step` says.
+
+    They are drawn on the CPU, so that all workers and every kind of device see the same.
+    """
+    clothes = dataset == "FashionMNIST"
+    order = torch.randperm(count)
+    mirror = recipe.augment and clothes
+    shift = max(recipe.shift, int(recipe.augment and not clothes))
+    return torch.cat([order.unsqueeze(1), utils.draw_changes(count, mirror, shift)], dim=1)
 
 
 def load_splits(args, workers):
@@ -467,9 +469,13 @@ def warn_if_unfinished(path):
         )
 
 
-def saved_so_far(run_dir, finished):
-    where = utils.relative(run_dir / "last.pt")
-    return f"epoch {finished} is saved in {where}" if finished else "no epoch was saved yet"
+def saved_so_far(history, args, workers):
+    """Say what is safe after the epochs of `history`, and how to go on."""
+    if not history:
+        return "no epoch was saved yet"
+    where = utils.relative(args.checkpoint_dir / args.dataset / "last.pt")
+    again = utils.command("train.py --resume", args, workers.launcher)
+    return f"epoch {len(history)} is saved in {where}; go on with: {again}"
 
 
 if __name__ == "__main__":

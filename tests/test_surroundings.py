@@ -61,7 +61,7 @@ def test_resume_after_a_signal_ends_with_the_same_run(tmp_path, glyphs_dir, star
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "is saved" in err
-    assert f"Go on with: python train.py --resume --dataset Glyphs --data-dir {glyphs_dir}" in err
+    assert f"go on with: python train.py --resume --dataset Glyphs --data-dir {glyphs_dir}" in err
     assert "Traceback" not in err
     assert train.main(["--resume", *options(stopped, glyphs_dir)]) == 0
     assert train.main([*RUN, *options(straight, glyphs_dir)]) == 0
