@@ -8,8 +8,6 @@
 Then `python test.py` reports the accuracy on the test set.
 """
 
-import csv
-import io
 import math
 import sys
 import time
@@ -52,7 +50,6 @@ from tqdm import tqdm
 from model import FastLeNet
 
 RUN_OPTIONS = ("dataset", "recipe", "epochs", "batch_size", "lr", "weight_decay", "seed", "limit")
-TRAINING_STATE = ("optimizers", "random")  # in last.pt, not in best.pt
 SECONDS_BETWEEN_PLOTS = 30
 
 
@@ -228,13 +225,13 @@ def train(args, checkpoint, workers, train_set, val_set):
         step = utils.CudaGraph(step, args.batch_size)
     history = []
     if checkpoint:
-        restore_run(checkpoint, run_dir / "last.pt", model, optimizers)
+        utils.restore_run(checkpoint, run_dir / "last.pt", model, optimizers)
         history = checkpoint["history"]
     if workers.rank == 0 and checkpoint:
-        save_run(checkpoint, run_dir)  # best.pt too, if a crash came just before it
-        write_metrics(history, args.dataset, image_dir, draw=True)
+        utils.save_run(checkpoint, run_dir)  # best.pt too, if a crash came just before it
+        utils.write_metrics(history, args.dataset, image_dir, draw=True)
     elif workers.rank == 0:
-        warn_if_unfinished(run_dir / "last.pt")
+        utils.warn_if_unfinished(run_dir / "last.pt")
     about = {
         "format": utils.FORMAT,
         "dataset": args.dataset,
@@ -270,11 +267,11 @@ def train(args, checkpoint, workers, train_set, val_set):
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "random": torch.get_rng_state(),
             }
-            save_run(checkpoint, run_dir)
+            utils.save_run(checkpoint, run_dir)
             history.append(row)
             print_epoch(history, args.epochs, seconds)
             draw = epoch == args.epochs or time.monotonic() >= next_plot
-            write_metrics(history, args.dataset, image_dir, draw)
+            utils.write_metrics(history, args.dataset, image_dir, draw)
             if draw:
                 next_plot = time.monotonic() + SECONDS_BETWEEN_PLOTS
             if epoch == 2 and row["val_accuracy"] < 1.5 / len(classes):
@@ -292,7 +289,7 @@ def train(args, checkpoint, workers, train_set, val_set):
         if workers.rank == 0:
             print(f"\nStopped: {saved_so_far(history, args, workers)}", file=sys.stderr)
         if workers.rank == 0 and history:
-            write_metrics(history, args.dataset, image_dir, draw=True)
+            utils.write_metrics(history, args.dataset, image_dir, draw=True)
         return 130
 
     best = utils.best_epoch(history)
@@ -317,7 +314,7 @@ def make_model(recipe, num_classes):
 
 
 def rates_of_epoch(epoch, args, recipe, count):
-    """Return the learning rate of each step in `epoch` over `count` images, as shares of the peak."""
+    """Return the rate of each step in `epoch`, over `count` images, as a share of its peak."""
     steps = math.ceil(count / args.batch_size)
     if not recipe.one_cycle:
         return [1.0] * steps
@@ -396,52 +393,6 @@ def parse_args(argv):
     return args, checkpoint
 
 
-def restore_run(checkpoint, path, model, optimizers):
-    """Put everything back as it was when `checkpoint`, read from `path`, was written."""
-    utils.restore(model, checkpoint, path)
-    try:
-        for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
-            # The groups hold the rate and the device's settings: those of this run, not that one.
-            groups = optimizer.state_dict()["param_groups"]
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            for index, state in saved["state"].items():
-                shapes = {value.shape for value in state.values() if value.ndim > 0}
-                if not shapes <= {parameters[index].shape}:
-                    raise ValueError("a state has the wrong shape")
-            optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-        torch.set_rng_state(checkpoint["random"])
-    except Exception as error:  # whatever a foreign or altered state can break
-        raise utils.Error(
-            f"{utils.relative(path)} cannot be resumed: its state is wrong"
-        ) from error
-
-
-def save_run(checkpoint, run_dir):
-    """Write last.pt and, if the last epoch is the best one so far, best.pt.
-
-    In this order: if a crash comes between the two, the same call with what last.pt holds brings
-    best.pt up to date.
-    """
-    utils.save(checkpoint, run_dir / "last.pt")
-    if utils.best_epoch(checkpoint["history"]) is checkpoint["history"][-1]:
-        best = {key: value for key, value in checkpoint.items() if key not in TRAINING_STATE}
-        utils.save(best, run_dir / "best.pt")
-
-
-def write_metrics(history, dataset, image_dir, draw):
-    """Write metrics.csv, one line per epoch, and, with `draw`, metrics.png; or warn and go on."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, utils.HISTORY, lineterminator="\n")
-    table.writeheader()
-    table.writerows(history)
-    try:
-        utils.write_file(image_dir / "metrics.csv", text.getvalue().encode())
-        if draw:
-            utils.plot_metrics(history, dataset, image_dir / "metrics.png")
-    except utils.Error as error:
-        print(f"Warning: {error}", file=sys.stderr)
-
-
 def print_epoch(history, epochs, seconds):
     row = history[-1]
     print(
@@ -452,21 +403,6 @@ def print_epoch(history, epochs, seconds):
         f"{seconds:>9.1f}" + ("  best so far" if utils.best_epoch(history) is row else ""),
         flush=True,
     )
-
-
-def warn_if_unfinished(path):
-    """Say it if a new run is going to overwrite one that could be resumed."""
-    try:
-        checkpoint = utils.load_checkpoint(path)
-    except utils.Error:
-        return  # none, or of no use
-    done, epochs = checkpoint["epoch"], checkpoint["options"].get("epochs", 0)
-    if isinstance(epochs, int) and done < epochs:
-        print(
-            f"Note: the unfinished run in {utils.relative(path.parent)} (epoch {done} of {epochs}) "
-            "is overwritten after the first epoch; to go on with it instead: Ctrl-C, then --resume",
-            file=sys.stderr,
-        )
 
 
 def saved_so_far(history, args, workers):

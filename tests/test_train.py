@@ -159,7 +159,7 @@ def test_crash_between_last_and_best_is_mended(tmp_path, small_run, glyphs_dir, 
 
     folders = options(tmp_path, glyphs_dir)
     with monkeypatch.context() as patch:
-        patch.setattr(utils, "save", crash)
+        patch.setattr("utils.checkpoint.save", crash)
         with pytest.raises(MemoryError):
             train.main([*SMALL, *folders])
     assert train.main(["--resume", *folders]) == 0

@@ -21,7 +21,8 @@ from utils.cli import (  # noqa: F401 - for the scripts
 MODULES = {
     "checkpoint": (
         *("FORMAT", "HISTORY", "best_epoch", "claim", "load_checkpoint", "make_folder"),
-        *("newest", "restore", "save", "write_file"),
+        *("newest", "restore", "restore_run", "save", "save_run", "warn_if_unfinished"),
+        "write_file",
     ),
     "data": (
         *("CLASSES", "draw_changes", "load_images", "load_train_images", "pixel_statistics"),
@@ -32,6 +33,7 @@ MODULES = {
     "pictures": ("load_picture",),
     "plots": (
         *("plot_ablation", "plot_architecture", "plot_confusion", "plot_grid", "plot_metrics"),
+        "write_metrics",
     ),
 }
 

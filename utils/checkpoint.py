@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import sys
 import zipfile
 from pathlib import Path
 
@@ -33,6 +34,7 @@ FIELDS = {  # key of a checkpoint -> whether its value is one that train.py can 
     "options": lambda value: isinstance(value, dict),
     "torch": lambda value: isinstance(value, str),
 }
+TRAINING_STATE = ("optimizers", "random")  # in last.pt, not in best.pt
 SIZE_LIMIT = 64 * 2**20  # bytes; ours are below 1 MiB, the larger half of Glyphs is 46 MiB
 
 
@@ -143,6 +145,51 @@ def restore(model, checkpoint, path):
         if not (theirs[name].layout == torch.strided and theirs[name].isfinite().all()):
             raise Error(f"{relative(path)} is useless: {name} has values that are not finite")
     model.load_state_dict(theirs)
+
+
+def restore_run(checkpoint, path, model, optimizers):
+    """Put everything back as it was when `checkpoint`, read from `path`, was written."""
+    restore(model, checkpoint, path)
+    try:
+        for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
+            # The groups hold the rate and the device's settings: those of this run, not that one.
+            groups = optimizer.state_dict()["param_groups"]
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for index, state in saved["state"].items():
+                shapes = {value.shape for value in state.values() if value.ndim > 0}
+                if not shapes <= {parameters[index].shape}:
+                    raise ValueError("a state has the wrong shape")
+            optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+        torch.set_rng_state(checkpoint["random"])
+    except Exception as error:  # whatever a foreign or altered state can break
+        raise Error(f"{relative(path)} cannot be resumed: its state is wrong") from error
+
+
+def save_run(checkpoint, run_dir):
+    """Write last.pt and, if the last epoch is the best one so far, best.pt.
+
+    In this order: if a crash comes between the two, the same call with what last.pt holds brings
+    best.pt up to date.
+    """
+    save(checkpoint, run_dir / "last.pt")
+    if best_epoch(checkpoint["history"]) is checkpoint["history"][-1]:
+        best = {key: value for key, value in checkpoint.items() if key not in TRAINING_STATE}
+        save(best, run_dir / "best.pt")
+
+
+def warn_if_unfinished(path):
+    """Say it if a new run is going to overwrite one that could be resumed."""
+    try:
+        checkpoint = load_checkpoint(path)
+    except Error:
+        return  # none, or of no use
+    done, epochs = checkpoint["epoch"], checkpoint["options"].get("epochs", 0)
+    if isinstance(epochs, int) and done < epochs:
+        print(
+            f"Note: the unfinished run in {relative(path.parent)} (epoch {done} of {epochs}) "
+            "is overwritten after the first epoch; to go on with it instead: Ctrl-C, then --resume",
+            file=sys.stderr,
+        )
 
 
 def newest(checkpoint_dir, dataset, name):

@@ -1,9 +1,12 @@
 """The pictures in images/: each function draws one and writes it as a PNG file."""
 
+import csv
 import io
 import re
+import sys
 
-from utils.checkpoint import best_epoch, write_file
+from utils.checkpoint import HISTORY, best_epoch, write_file
+from utils.cli import Error
 
 GREEN, RED, GREY, BLUE, ORANGE = "#1a7f37", "#cf222e", "#57606a", "#0969da", "#bc4c00"
 LAYER_COLOURS = {"Input": "white", "Conv2d": "#cfe3f7", "AvgPool2d": "#fde3c8", "Linear": "#d5efd9"}
@@ -76,6 +79,20 @@ def plot_metrics(history, dataset, path):
         ax.legend()
     figure.suptitle(f"LeNet-5 on {dataset}: training and validation")
     _write(figure, path)
+
+
+def write_metrics(history, dataset, image_dir, draw):
+    """Write metrics.csv, one line per epoch, and, with `draw`, metrics.png; or warn and go on."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, HISTORY, lineterminator="\n")
+    table.writeheader()
+    table.writerows(history)
+    try:
+        write_file(image_dir / "metrics.csv", text.getvalue().encode())
+        if draw:
+            plot_metrics(history, dataset, image_dir / "metrics.png")
+    except Error as error:
+        print(f"Warning: {error}", file=sys.stderr)
 
 
 def plot_grid(images, captions, title, path, right=None):
