@@ -60,7 +60,7 @@ def make_step(network, optimizers, images, labels, mean, std, label_smoothing):
         images: uint8, N x 28 x 28; labels: int64, N; both on the device of `network`.
         mean, std: of the pixels, for `utils.preprocess`.
         label_smoothing: of the loss that is minimised (Szegedy et al., "Rethinking the Inception
-            architecture for computer vision", 2015, section 7).
+            architecture for computer vision", 2016, section 7).
 
     The function takes the batch (int64, B x 4: the indices of its images, and what
     `utils.draw_changes` has drawn for them) and the weight of an image in the loss. It returns the
