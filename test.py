@@ -119,7 +119,8 @@ def report_pictures(args, checkpoint, images, logits):
     for file, row in zip(args.image, logits.softmax(dim=1)):
         best = [f"{classes[i]} ({p:.1%})" for p, i in zip(*row.topk(3))]
         print(f"{file}: {', '.join(best)}")
-        name = file.name if len(file.name) <= 18 else f"{file.name[:8]}…{file.name[-9:]}"
+        name = file.name.encode(errors="replace").decode()  # names are bytes, of any encoding
+        name = name if len(name) <= 18 else f"{name[:8]}…{name[-9:]}"
         captions.append(f"{name}\n{best[0]}")
     path = args.image_dir / "own.png"
     title = f"What LeNet-5, trained on {dataset}, sees"

@@ -8,6 +8,7 @@
 Then `python test.py` reports the accuracy on the test set.
 """
 
+import contextlib
 import math
 import sys
 import time
@@ -186,16 +187,20 @@ def main(argv=None):
     workers = utils.Workers(args.device)
     try:
         args.dataset, *splits = load_splits(args, workers)
-        run_dir, image_dir = args.checkpoint_dir / args.dataset, args.image_dir / args.dataset
-        utils.make_folder(run_dir)
-        utils.make_folder(image_dir)
-        with utils.claim(*(run_dir, image_dir) if workers.rank == 0 else ()):
+        folders = args.checkpoint_dir / args.dataset, args.image_dir / args.dataset
+        for folder in folders:
+            utils.make_folder(folder)
+        with utils.claim(*folders) if workers.rank == 0 else contextlib.nullcontext():
+            if checkpoint:  # another run may have been at work in there since it was read
+                begun, checkpoint = checkpoint, utils.load_checkpoint(folders[0] / "last.pt")
+                if checkpoint["options"] != begun["options"]:
+                    raise utils.Error("another run has begun meanwhile: run this command again")
             return train(args, checkpoint, workers, *splits)
     except RuntimeError as error:
         if not workers.lost(error):
             raise
         message = "stopped, as another worker is gone"
-        if (args.checkpoint_dir / args.dataset / "last.pt").exists():
+        if utils.newest(args.checkpoint_dir, args.dataset, "last.pt"):
             again = utils.command("train.py --resume", args, workers.launcher)
             message += f". Every epoch that was finished is saved; go on with: {again}"
         raise utils.Error(message) from error
@@ -228,7 +233,7 @@ def train(args, checkpoint, workers, train_set, val_set):
         utils.restore_run(checkpoint, run_dir / "last.pt", model, optimizers)
         history = checkpoint["history"]
     if workers.rank == 0 and checkpoint:
-        utils.save_run(checkpoint, run_dir)  # best.pt too, if a crash came just before it
+        utils.save_best(checkpoint, run_dir)  # a crash may have come just before
         utils.write_metrics(history, args.dataset, image_dir, draw=True)
     elif workers.rank == 0:
         utils.warn_if_unfinished(run_dir / "last.pt")
@@ -267,8 +272,9 @@ def train(args, checkpoint, workers, train_set, val_set):
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "random": torch.get_rng_state(),
             }
-            utils.save_run(checkpoint, run_dir)
+            utils.save(checkpoint, run_dir / "last.pt")
             history.append(row)
+            utils.save_best(checkpoint, run_dir)
             print_epoch(history, args.epochs, seconds)
             draw = epoch == args.epochs or time.monotonic() >= next_plot
             utils.write_metrics(history, args.dataset, image_dir, draw)

@@ -20,6 +20,7 @@ ARCHIVES = [
 ]
 # A proxy that refuses connections: scripts run by the tests are cut off on every machine.
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9") | {"no_proxy": ""}
+OFFLINE |= {"PYTHONUNBUFFERED": ""}  # as on a user's machine
 
 
 def pytest_addoption(parser):
@@ -65,24 +66,11 @@ def glyphs_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("data")
 
 
-@pytest.fixture
-def folders(tmp_path, glyphs_dir):
-    """The options that keep a run's files in `tmp_path` and train on the shared Glyphs."""
-    return [
-        f"--data-dir={glyphs_dir}",
-        f"--checkpoint-dir={tmp_path / 'checkpoints'}",
-        f"--image-dir={tmp_path / 'images'}",
-        "--device=cpu",
-    ]
-
-
 @pytest.fixture(scope="session")
 def glyphs_run(tmp_path_factory, glyphs_dir):
     """The folder of a run of 3 epochs on all of Glyphs, with its checkpoints and images."""
     folder = tmp_path_factory.mktemp("run")
-    options = [f"--{name}-dir={folder / name}s" for name in ("checkpoint", "image")]
-    options += [f"--data-dir={glyphs_dir}", "--dataset=Glyphs", "--epochs=3", "--device=cpu"]
-    assert train.main(options) == 0
+    assert train.main(["--dataset=Glyphs", "--epochs=3", *options(folder, glyphs_dir)]) == 0
     return folder
 
 

@@ -1,7 +1,11 @@
 """Bad command lines and bad files: one line, status 2, no traceback, and nothing is written."""
 
 import importlib
+import os
+import re
+import signal
 import sys
+from signal import SIGINT, SIGTERM
 
 import pytest
 import torch
@@ -51,8 +55,11 @@ def refused(monkeypatch, capsys):
 
     def run(main, *line):
         monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, line)])
+        handlers = [(number, signal.getsignal(number)) for number in (SIGINT, SIGTERM)]
         with pytest.raises(SystemExit) as caught:
             utils.run(main)
+        for number, handler in handlers:
+            signal.signal(number, handler)
         err = capsys.readouterr().err
         assert caught.value.code == 2, err
         assert len(err.splitlines()) == 1, err
@@ -72,9 +79,12 @@ def test_folders_that_are_none_are_refused(refused, tmp_path, glyphs_dir):
     good = options(tmp_path, glyphs_dir)
     for bad in ("--data-dir", "--checkpoint-dir", "--image-dir"):
         line = [option for option in good if not option.startswith(bad)]
-        assert "mine" in refused(train.main, "--dataset=Glyphs", *line, f"{bad}={mine}")
-    assert mine.read_text() == "mine"
-    assert not list(tmp_path.rglob("*.pt"))
+        for folder in (mine, mine / "below"):
+            assert "mine" in refused(train.main, "--dataset=Glyphs", *line, f"{bad}={folder}")
+    long = f"--checkpoint-dir={tmp_path / ('x' * 300)}"
+    assert "xxx" in refused(train.main, "--dataset=Glyphs", *good, long)
+    assert "no run on Glyphs" in refused(train.main, "--resume", "--dataset=Glyphs", *good, long)
+    assert files(tmp_path) == {mine: b"mine"}
 
 
 def test_weights_that_are_none_are_refused(refused, glyphs_run, glyphs_dir, tmp_path):
@@ -102,18 +112,46 @@ def test_device_that_is_not_there_is_refused(refused, glyphs_run, tmp_path, glyp
     assert not files(tmp_path)
 
 
+@pytest.mark.filterwarnings("error")  # which would be lines on standard error
 @pytest.mark.parametrize(
-    "name", ["none.png", "page.pdf", "code.eps", "dot.png", "huge.png", "film.gif", "."]
+    ("name", "message"),
+    [
+        ("none.png", "does not exist"),
+        ("page.pdf", "no picture that can be read"),
+        ("code.eps", "no picture that can be read"),
+        ("dot.png", "of one colour"),
+        ("large.png", "too large: 12000x12000 pixels"),
+        ("huge.png", "no picture that can be read"),
+        ("film.gif", "is animated"),
+        ("folder.png", "no picture that can be read"),
+    ],
 )
-def test_pictures_that_are_none_are_refused(refused, glyphs_run, glyphs_dir, tmp_path, name):
+def test_pictures_that_are_none_are_refused(
+    refused, glyphs_run, glyphs_dir, tmp_path, name, message
+):
+    (tmp_path / "folder.png").mkdir()
     (tmp_path / "page.pdf").write_bytes(b"%PDF-1.4\n")
     draw_code = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
     (tmp_path / "code.eps").write_bytes(draw_code)  # a program, which Pillow hands to Ghostscript
     Image.new("L", (1, 1)).save(tmp_path / "dot.png")
-    Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
+    if name in ("large.png", "huge.png"):
+        Image.new("1", (12_000 if name == "large.png" else 20_000,) * 2).save(tmp_path / name)
     frames = [Image.new("L", (20, 20), shade) for shade in (0, 255)]
     frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
     best = glyphs_run / "checkpoints" / "Glyphs" / "best.pt"
     line = [f"--checkpoint={best}", *options(tmp_path / "out", glyphs_dir)]
-    assert name in refused(judge.main, *line, "--image", tmp_path / name)
+    assert re.search(f"{name}.* {message}", refused(judge.main, *line, "--image", tmp_path / name))
     assert not (tmp_path / "out").exists()
+
+
+def test_pictures_with_odd_names_are_classified(glyphs_run, glyphs_dir, tmp_path, run_script):
+    best = glyphs_run / "checkpoints" / "Glyphs" / "best.pt"
+    line = [f"--checkpoint={best}", *options(tmp_path, glyphs_dir), "--image"]
+    for name in (b"$_$.png", b"\xff.png", "ü\n.png".encode()):
+        path = tmp_path / os.fsdecode(name)
+        picture = Image.new("L", (40, 40), 255)
+        picture.paste(0, (18, 8, 22, 32))
+        picture.save(path)
+        result = run_script("test.py", *line, path)
+        assert result.returncode == 0, result.stderr
+        assert (tmp_path / "images" / "own.png").exists()

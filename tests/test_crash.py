@@ -5,6 +5,7 @@ python -m pytest tests/test_crash.py --kills 200    more of them
 """
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import shutil
@@ -12,7 +13,7 @@ import signal
 import sys
 
 import pytest
-from conftest import expect_same_run, options
+from conftest import ROOT, expect_same_run, options
 
 import train
 import utils
@@ -27,6 +28,9 @@ def context():
         pytest.skip("needs fork")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", "utils.plots", "matplotlib.figure"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)  # where the server looks for train.py
+        multiprocessing.forkserver.ensure_running()
     return context
 
 

@@ -216,11 +216,16 @@ def huge_state(last):
         (lambda last: [last.pop("optimizers"), last.pop("random")], "cannot be resumed"),
         (lambda last: last["optimizers"].pop(), "cannot be resumed"),
         (lambda last: last["optimizers"][1]["state"].update({99: {}}), "cannot be resumed"),
+        (lambda last: last["optimizers"][0]["state"].clear(), "cannot be resumed"),
+        (lambda last: last["optimizers"][1]["state"][0].pop("exp_avg"), "cannot be resumed"),
         (huge_state, "cannot be resumed"),
         (lambda last: last.update(random=torch.zeros(3, dtype=torch.uint8)), "cannot be resumed"),
         (lambda last: last["model"]["f7.bias"].fill_(math.nan), "f7.bias has values"),
         (lambda last: last["model"].pop("c1.bias"), "c1.bias is missing"),
         (lambda last: last.update(dataset="MNIST"), "belongs to a run on MNIST"),
+        (lambda last: last.update(epoch=2), "its epoch and history disagree"),
+        (lambda last: last["history"].reverse(), "its history is"),
+        (lambda last: last["history"][1].update(val_loss=math.nan), "its history is"),
         (lambda last: last["options"].update(epochs=-3), "cannot be resumed: .*epochs"),
         (lambda last: last["options"].update(lr="fast"), "cannot be resumed: .*lr"),
         (lambda last: last["options"].update(recipe="best"), "cannot be resumed: .*recipe"),
@@ -266,7 +271,9 @@ def test_loss_that_is_not_finite_stops_the_run_and_leaves_the_weights(
         return real(logits, labels, **how) * (math.inf if sum(calls) == 20 else 1)
 
     monkeypatch.setattr(train.F, "cross_entropy", explode)
-    with pytest.raises(utils.Error, match=r"epoch 2.*not finite|no longer finite.*smaller --lr"):
+    with pytest.raises(
+        utils.Error, match=r"stopped in epoch 2: the loss is no longer finite.*; epoch 1 is"
+    ):
         train.main([*SMALL, *folders])
     assert sum(calls) == 30  # at the end of the epoch
     last = load(tmp_path, "last.pt")

@@ -7,6 +7,7 @@ seconds to import.
 from importlib import import_module
 
 from utils.cli import (  # noqa: F401 - for the scripts
+    CLASSES,
     DATASETS,
     ROOT,
     Error,
@@ -21,11 +22,11 @@ from utils.cli import (  # noqa: F401 - for the scripts
 MODULES = {
     "checkpoint": (
         *("FORMAT", "HISTORY", "best_epoch", "claim", "load_checkpoint", "make_folder"),
-        *("newest", "restore", "restore_run", "save", "save_run", "warn_if_unfinished"),
+        *("newest", "restore", "restore_run", "save", "save_best", "warn_if_unfinished"),
         "write_file",
     ),
     "data": (
-        *("CLASSES", "draw_changes", "load_images", "load_train_images", "pixel_statistics"),
+        *("draw_changes", "load_images", "load_train_images", "pixel_statistics"),
         *("predict", "preprocess", "split_train_validation"),
     ),
     "devices": ("CudaGraph", "Workers", "choose_device"),

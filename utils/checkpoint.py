@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import os
 import sys
 import zipfile
@@ -14,14 +15,14 @@ except ImportError:  # Windows
 
 import torch
 
-from utils.cli import DATASETS, Error, relative
+from utils.cli import CLASSES, DATASETS, Error, relative
 
 FORMAT = 1  # raise it whenever a checkpoint's keys change their meaning
 HISTORY = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
 FIELDS = {  # key of a checkpoint -> whether its value is one that train.py can have written
     "model": lambda value: isinstance(value, dict),
     "dataset": lambda value: value in DATASETS,
-    "classes": lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value),
+    "classes": lambda value: value in CLASSES.values(),
     "mean": lambda value: isinstance(value, float) and 0 <= value <= 1,
     "std": lambda value: isinstance(value, float) and 0 < value <= 1,
     "epoch": lambda value: isinstance(value, int) and value > 0,
@@ -30,11 +31,14 @@ FIELDS = {  # key of a checkpoint -> whether its value is one that train.py can 
         and len(value) > 0
         and all(isinstance(row, dict) and tuple(row) == HISTORY for row in value)
         and all(isinstance(number, int | float) for row in value for number in row.values())
+        and all(math.isfinite(number) for row in value for number in row.values())
+        and [row["epoch"] for row in value] == list(range(1, len(value) + 1))
     ),
     "options": lambda value: isinstance(value, dict),
     "torch": lambda value: isinstance(value, str),
 }
 TRAINING_STATE = ("optimizers", "random")  # in last.pt, not in best.pt
+OPTIMIZER_STATE = {"Muon": {"momentum"}, "AdamW": {"step", "exp_avg", "exp_avg_sq"}, "SGD": set()}
 SIZE_LIMIT = 64 * 2**20  # bytes; ours are below 1 MiB, the larger half of Glyphs is 46 MiB
 
 
@@ -46,7 +50,9 @@ def write_file(path, data):
     Raises:
         Error: the file cannot be written; what was there before is untouched.
     """
-    path = Path(path).resolve()
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise Error(f"cannot write {relative(path)}: there is something else in its place")
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,6 +127,10 @@ def load_checkpoint(path):
     for key, is_right in FIELDS.items():
         if key not in checkpoint or not is_right(checkpoint[key]):
             raise Error(f"{shown} is not a checkpoint of train.py: its {key} is missing or wrong")
+    if checkpoint["classes"] != CLASSES[checkpoint["dataset"]]:
+        raise Error(f"{shown} is not a checkpoint of train.py: its classes are another data set's")
+    if checkpoint["epoch"] != len(checkpoint["history"]):
+        raise Error(f"{shown} is not a checkpoint of train.py: its epoch and history disagree")
     return checkpoint
 
 
@@ -142,36 +152,43 @@ def restore(model, checkpoint, path):
         want, have = tuple(ours[name].shape), tuple(theirs[name].shape)
         if want != have:
             raise Error(f"{relative(path)} is not a LeNet-5: {name} has shape {have}, not {want}")
-        if not (theirs[name].layout == torch.strided and theirs[name].isfinite().all()):
+        if (theirs[name].layout, theirs[name].dtype) != (torch.strided, ours[name].dtype):
+            raise Error(f"{relative(path)} is not a LeNet-5: {name} is a tensor of another kind")
+        if theirs[name].is_meta or not theirs[name].isfinite().all():
             raise Error(f"{relative(path)} is useless: {name} has values that are not finite")
     model.load_state_dict(theirs)
 
 
 def restore_run(checkpoint, path, model, optimizers):
-    """Put everything back as it was when `checkpoint`, read from `path`, was written."""
+    """Put everything back as it was when `checkpoint`, read from `path`, was written.
+
+    Raises:
+        Error: as `restore`; also if the state of the optimizers or of the random numbers is wrong.
+    """
     restore(model, checkpoint, path)
     try:
         for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
             # The groups hold the rate and the device's settings: those of this run, not that one.
             groups = optimizer.state_dict()["param_groups"]
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            names = OPTIMIZER_STATE[type(optimizer).__name__]
+            if saved["state"].keys() != (set(range(len(parameters))) if names else set()):
+                raise ValueError("not all parameters have a state")
             for index, state in saved["state"].items():
                 shapes = {value.shape for value in state.values() if value.ndim > 0}
-                if not shapes <= {parameters[index].shape}:
-                    raise ValueError("a state has the wrong shape")
+                if state.keys() != names or shapes != {parameters[index].shape}:
+                    raise ValueError("a state is not the optimizer's")
             optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
         torch.set_rng_state(checkpoint["random"])
-    except Exception as error:  # whatever a foreign or altered state can break
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise Error(f"{relative(path)} cannot be resumed: its state is wrong") from error
 
 
-def save_run(checkpoint, run_dir):
-    """Write last.pt and, if the last epoch is the best one so far, best.pt.
+def save_best(checkpoint, run_dir):
+    """Write best.pt if the last epoch of `checkpoint`, the contents of last.pt, is the best so far.
 
-    In this order: if a crash comes between the two, the same call with what last.pt holds brings
-    best.pt up to date.
+    After last.pt: if a crash comes between the two, the same call brings best.pt up to date.
     """
-    save(checkpoint, run_dir / "last.pt")
     if best_epoch(checkpoint["history"]) is checkpoint["history"][-1]:
         best = {key: value for key, value in checkpoint.items() if key not in TRAINING_STATE}
         save(best, run_dir / "best.pt")
@@ -179,10 +196,13 @@ def save_run(checkpoint, run_dir):
 
 def warn_if_unfinished(path):
     """Say it if a new run is going to overwrite one that could be resumed."""
+    if not path.exists():
+        return
     try:
         checkpoint = load_checkpoint(path)
-    except Error:
-        return  # none, or of no use
+    except Error as error:
+        print(f"Note: {error}; it is overwritten after the first epoch", file=sys.stderr)
+        return
     done, epochs = checkpoint["epoch"], checkpoint["options"].get("epochs", 0)
     if isinstance(epochs, int) and done < epochs:
         print(
@@ -196,7 +216,7 @@ def newest(checkpoint_dir, dataset, name):
     """Return the newest D/`name` below `checkpoint_dir`, D being `dataset` or any; None if none."""
     names = DATASETS if dataset == "auto" else [dataset]
     paths = [Path(checkpoint_dir) / each / name for each in names]
-    return max((p for p in paths if p.exists()), key=lambda p: p.stat().st_mtime, default=None)
+    return max(filter(os.path.exists, paths), key=os.path.getmtime, default=None)
 
 
 def make_folder(path):
@@ -217,23 +237,23 @@ def make_folder(path):
 def claim(*folders):
     """Keep the other runs on this machine out of `folders` within a with statement.
 
-    The system forgets the claim when the process ends, however it does. Windows has no such lock.
+    The system forgets the claim when the process ends, however it does. Windows and some file
+    systems have no such lock: there the other runs are not noticed.
 
     Raises:
         Error: another run is at work in one of them.
     """
-    descriptors = []
-    try:
-        for folder in {Path(folder).resolve() for folder in folders} if fcntl else ():
-            descriptors.append(os.open(folder, os.O_RDONLY))
+    with contextlib.ExitStack() as stack:
+        for folder in dict.fromkeys(map(os.path.realpath, folders)) if fcntl else ():
             try:
-                fcntl.flock(descriptors[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                descriptor = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise Error(
                     f"another run is at work in {relative(folder)}: wait for its end, or choose "
                     "another folder"
                 ) from None
+            except OSError:
+                pass
         yield
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)

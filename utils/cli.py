@@ -1,6 +1,7 @@
 """The command line of the scripts: their options, errors, exit status. It does without torch."""
 
 import argparse
+import errno
 import math
 import os
 import shlex
@@ -9,7 +10,16 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DATASETS = ("FashionMNIST", "MNIST", "Glyphs")
+DIGITS = [str(digit) for digit in range(10)]
+CLASSES = {
+    "FashionMNIST": [
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    ],
+    "MNIST": DIGITS,
+    "Glyphs": DIGITS,
+}
+DATASETS = tuple(CLASSES)
 FOLDERS = {
     "data": (ROOT / "data", "where the data sets are, or are downloaded to"),
     "checkpoint": (ROOT / "checkpoints", "a run on data set D has its checkpoints in D/ in here"),
@@ -38,7 +48,7 @@ class Parser(argparse.ArgumentParser):
     def add_folders_and_device(self):
         """Add the options that train.py and test.py share."""
         for name, (default, purpose) in FOLDERS.items():
-            self.add_argument(f"--{name}-dir", type=Path, default=default, help=purpose)
+            self.add_argument(f"--{name}-dir", type=folder, default=default, help=purpose)
         self.add_argument(
             "--device",
             choices=("auto", "cpu", "cuda", "mps"),
@@ -49,14 +59,21 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise Error(f"{message} (see python {self.prog} --help)")
 
+    def exit(self, status=0, message=None):
+        _flush()
+        super().exit(status, message)
+
     def check(self):
-        """Answer --help, and refuse bad options, before torch is imported: that takes seconds."""
+        """Answer --help, and refuse bad options, before torch is imported: that takes seconds.
+
+        From here until `run`, Ctrl-C ends the process without a traceback from the imports.
+        """
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from within the imports
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         try:
             self.parse_args()
         except Error as error:
-            _refuse(error)
+            sys.exit(_refuse(error))
 
 
 def train_parser(recipes):
@@ -121,6 +138,13 @@ def test_parser():
     return parser
 
 
+def folder(text):
+    """An argparse type: the path of a folder, or of one that can be made."""
+    if os.path.exists(text) and not os.path.isdir(text):  # noqa: PTH110, PTH112 - never raise
+        raise argparse.ArgumentTypeError(f"{text!r} is no folder")
+    return Path(text)
+
+
 def number(kind, low, above=False):
     """Return an argparse type: a finite int or float (`kind`), at least `low` or above it."""
     high = 2**63 - 1 if kind is int else sys.float_info.max
@@ -142,33 +166,66 @@ def number(kind, low, above=False):
 
 
 def run(main):
-    """Run a script's `main` and exit with its status; an `Error` is one line and status 2."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as `Parser.check` left it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops a run as Ctrl-C does
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names that the terminal cannot show
+    """Run a script's `main` and exit with its status.
+
+    An `Error` and a full disk are one line and status 2, a signal is status 130, and a closed pipe
+    141.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGTERM, _stop)
+    if sys.stdout is None:  # it was closed
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - open to the end
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
     try:
-        sys.exit(main())
-    except Error as error:
+        status = main()
         sys.stdout.flush()
-        _refuse(error)
+    except Error as error:
+        _flush()
+        status = _refuse(error)
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
-        sys.exit(130)
+        status = 130
     except BrokenPipeError:  # the reader of the output, such as head, has had enough
+        status = 141
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        status = _refuse(f"cannot write the output: {error.strerror}")
+    _flush()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the clean-up
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.exit(status)
+
+
+def _stop(number, frame):
+    """Interrupt the script; the next signal ends the process at once."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    raise KeyboardInterrupt
+
+
+def _flush():
+    """Write out what was printed or, where that is not possible, drop it."""
+    try:
+        sys.stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
 
 
 def _refuse(error):
-    print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-    sys.exit(2)
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
 
 
 def relative(path):
     """Return `path` as one would type it: relative to the current folder where it lies below."""
-    path = Path(path).resolve()
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    path = Path(os.path.realpath(path))
+    try:
+        return path.relative_to(Path.cwd())
+    except (ValueError, FileNotFoundError):  # it lies elsewhere, or the current folder is gone
+        return path
 
 
 def command(script, args, launcher="python"):

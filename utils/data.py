@@ -13,16 +13,6 @@ import torch.nn.functional as F
 from utils.cli import Error, relative
 from utils.glyphs import load_glyphs
 
-DIGITS = [str(digit) for digit in range(10)]
-CLASSES = {
-    "FashionMNIST": [
-        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
-        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
-    ],
-    "MNIST": DIGITS,
-    "Glyphs": DIGITS,
-}
-
 # torchvision knows the md5 sums of the archives; these are the sums of the files inside them.
 UNPACKED_MD5 = {
     "FashionMNIST": {

@@ -36,7 +36,7 @@ def load_glyphs(data_dir, split):
         try:
             cached = load(path)
             return cached["images"], cached["labels"]
-        except Error as error:
+        except (Error, LookupError, TypeError) as error:
             print(f"{error}: drawing the glyphs again", file=sys.stderr)
     images, labels = draw_glyphs(split)
     save({"images": images, "labels": labels}, path)

@@ -1,5 +1,7 @@
 """The user's own pictures, made to look like those of a data set."""
 
+import warnings
+
 import numpy as np
 import torch
 
@@ -62,7 +64,10 @@ def _read_grey(path):
 
     shown = relative(path)
     try:
-        with Image.open(path, formats=FORMATS) as picture:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we have PIXEL_LIMIT
+            picture = Image.open(path, formats=FORMATS)
+        with picture:
             if picture.width * picture.height > PIXEL_LIMIT:
                 raise Error(f"{shown} is too large: {picture.width}x{picture.height} pixels")
             if getattr(picture, "is_animated", False) and picture.format != "MPO":

@@ -1,4 +1,4 @@
-"""The pictures in images/: each function draws one and writes it as a PNG file."""
+"""The pictures in images/: each plot_ function draws one and writes it as a PNG file."""
 
 import csv
 import io
@@ -113,7 +113,7 @@ def plot_grid(images, captions, title, path, right=None):
         ax.set(xticks=[], yticks=[])
         ax.imshow(image.numpy(), cmap="gray")
         colour = "black" if right is None else GREEN if right[i] else RED
-        ax.set_xlabel(caption, color=colour, fontsize=9.5, labelpad=3)
+        ax.set_xlabel(caption, color=colour, fontsize=9.5, labelpad=3, parse_math=False)
         ax.spines[:].set(color=colour, linewidth=3 if colour == RED else 1)
     figure.suptitle(title, fontsize=16 if columns == 8 else 12)
     _write(figure, path)
