@@ -264,6 +264,7 @@ def train(args, checkpoint, workers, train_set, val_set):
             row = dict(zip(utils.HISTORY, (epoch, args.lr * rates[-1], *train_row, *val_row)))
 
             if workers.rank > 0:
+                history.append(row)
                 continue
             checkpoint = about | {
                 "epoch": epoch,
