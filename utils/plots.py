@@ -52,14 +52,20 @@ def plot_metrics(history, dataset, path):
     best = best_epoch(history)
     figure, axes = _figure(11, 4.4, 1, 2)
     epochs = [row["epoch"] for row in history]
+    start = len(history) // 20  # the first epochs are far from the rest, which one wants to see
+    size = 4 if len(history) <= 40 else 0
     for ax, key, scale, unit in (
         (axes[0], "loss", 1, "Loss (cross-entropy)"),
         (axes[1], "accuracy", 100, "Accuracy (%)"),
     ):
+        shown = []
         for split, colour, marker in (("train", ORANGE, "s"), ("val", BLUE, "o")):
             values = [scale * row[f"{split}_{key}"] for row in history]
             name = "validation" if split == "val" else split
-            ax.plot(epochs, values, color=colour, marker=marker, markersize=4, label=name)
+            ax.plot(epochs, values, color=colour, marker=marker, markersize=size, label=name)
+            shown += values[start:]
+        margin = 0.06 * (max(shown) - min(shown)) or 0.01
+        ax.set_ylim(min(shown) - margin, max(shown) + margin)
         ax.axvline(best["epoch"], color=GREY, linestyle=":", linewidth=1)
         ax.plot(
             best["epoch"],
