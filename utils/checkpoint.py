@@ -51,10 +51,10 @@ def write_file(path, data):
         Error: the file cannot be written; what was there before is untouched.
     """
     path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():
-        raise Error(f"cannot write {relative(path)}: there is something else in its place")
     temporary = path.with_name(path.name + ".tmp")
     try:
+        if path.exists() and not path.is_file():
+            raise Error(f"cannot write {relative(path)}: there is something else in its place")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as file:

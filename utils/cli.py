@@ -209,7 +209,8 @@ def _stop(number, frame):
 def _flush():
     """Write out what was printed or, where that is not possible, drop it."""
     try:
-        sys.stdout.flush()
+        if sys.stdout:  # or else it was closed
+            sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

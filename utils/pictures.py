@@ -72,12 +72,11 @@ def _read_grey(path):
                 raise Error(f"{shown} is too large: {picture.width}x{picture.height} pixels")
             if getattr(picture, "is_animated", False) and picture.format != "MPO":
                 raise Error(f"{shown} is animated: save the one picture that you mean")
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith(("I", "F")):  # 16 bits and more
-                picture = picture.convert("F")
-            else:
-                picture = picture.convert("RGBA")
+            deep = picture.mode.startswith(("I", "F"))  # 16 bits and more
+            if picture.mode not in ("RGB", "RGBA", "L"):  # which are scaled first, to save memory
+                picture = picture.convert("F" if deep else "RGBA")
             picture.thumbnail((1024, 1024))
+            picture = ImageOps.exif_transpose(picture).convert("F" if deep else "RGBA")
     except FileNotFoundError:
         raise Error(f"{shown} does not exist") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
