@@ -94,6 +94,9 @@ def train_epoch(step, optimizers, rates, plan, batch_size, workers):
 
     Returns:
         mean loss and accuracy (0 to 1) over the epoch, each batch measured before its step.
+
+    Raises:
+        Error: the loss is not finite.
     """
     total = torch.zeros(2, device=plan.device)
     bar = tqdm(plan.split(batch_size), file=sys.stdout, disable=None, leave=False, unit="batch")
@@ -105,7 +108,11 @@ def train_epoch(step, optimizers, rates, plan, batch_size, workers):
 
 
 def evaluate(model, images, labels, mean, std, workers):
-    """Return mean loss and accuracy (0 to 1) of `model` on images (uint8, N x 28 x 28)."""
+    """Return mean loss and accuracy (0 to 1) of `model` on images (uint8, N x 28 x 28).
+
+    Raises:
+        Error: the loss is not finite.
+    """
     share = slice(workers.rank, None, workers.count)
     sums = loss_and_right(utils.predict(model, images[share], mean, std), labels[share])
     return mean_of(sums, len(labels), workers)
