@@ -23,6 +23,16 @@ OFFLINE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9") | {
 OFFLINE |= {"PYTHONUNBUFFERED": ""}  # as on a user's machine
 
 
+def interrupt_after(epochs):
+    """Return a stand-in for `train.print_epoch` that is Ctrl-C after so many epochs."""
+
+    def print_epoch(history, *_):
+        if len(history) == epochs:
+            raise KeyboardInterrupt
+
+    return print_epoch
+
+
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=25, help="how often test_crash.py kills its run")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import OFFLINE, ROOT
+from conftest import OFFLINE, ROOT, interrupt_after
 
 import train
 import utils
@@ -79,18 +79,13 @@ def test_two_workers_train_as_one_does_and_resume(tmp_path, glyphs_dir, torchrun
     last = tmp_path / "one" / "checkpoints" / "Glyphs" / "last.pt"
     whole = history(tmp_path / "one")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "print_epoch", interrupt_after_two)
+        patch.setattr(train, "print_epoch", interrupt_after(2))
         assert train.main([*UNEVEN, *folders, f"--data-dir={glyphs_dir}", "--device=cpu"]) == 130
     assert utils.load_checkpoint(last)["epoch"] == 2
     process = torchrun("one", "--resume")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     expect_same_history(history(tmp_path / "one"), whole)
-
-
-def interrupt_after_two(rows, *_):
-    if len(rows) == 2:
-        raise KeyboardInterrupt
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find a worker")

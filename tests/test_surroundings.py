@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import OFFLINE, ROOT, expect_same_run, load, options
+from conftest import OFFLINE, ROOT, expect_same_run, interrupt_after, load, options
 
 import train
 import utils
@@ -166,12 +166,8 @@ def test_resume_takes_what_another_run_saved_in_the_meantime(tmp_path, glyphs_di
     """The folder's own run goes on between the look at last.pt and the lock."""
     folders, real = options(tmp_path, glyphs_dir), train.load_splits
 
-    def interrupt(rows, *_):
-        if len(rows) == 1:
-            raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(train, "print_epoch", interrupt)
+        patch.setattr(train, "print_epoch", interrupt_after(1))
         assert train.main([*SMALL, *folders]) == 130
 
     def meanwhile(line):

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from conftest import expect_same_run, flatten, load, options
+from conftest import expect_same_run, flatten, interrupt_after, load, options
 
 import train
 import utils
@@ -126,15 +126,9 @@ def test_every_recipe_resumes_to_the_same_run(tmp_path, glyphs_dir, monkeypatch,
     line = ["--dataset=Glyphs", "--limit=300", "--epochs=3", f"--recipe={recipe}"]
     assert train.main([*line, *options(tmp_path / "straight", glyphs_dir)]) == 0
 
-    real, folders = train.print_epoch, options(tmp_path / "stopped", glyphs_dir)
-
-    def interrupt(history, *rest):
-        if len(history) == 2:
-            raise KeyboardInterrupt
-        real(history, *rest)
-
+    folders = options(tmp_path / "stopped", glyphs_dir)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "print_epoch", interrupt)
+        patch.setattr(train, "print_epoch", interrupt_after(2))
         assert train.main([*line, *folders]) == 130
     assert train.main(["--resume", *folders]) == 0
     expect_same_run(tmp_path / "straight", tmp_path / "stopped")
