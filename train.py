@@ -1,139 +1,144 @@
 """Train LeNet-5 and keep its best weights.
 
-    python train.py                          20 epochs on FashionMNIST
-    python train.py --dataset MNIST          the same on handwritten digits
-    python train.py --resume                 go on with the newest run, where it was interrupted
-    torchrun --nproc-per-node 4 train.py     the same network, on four GPUs
+    python train.py                    20 epochs on FashionMNIST
+    python train.py --dataset MNIST    the same on handwritten digits
+    python train.py --recipe long      150 epochs, the best results
+    python train.py --resume           go on with the newest run, where it was interrupted
 
 Then `python test.py` reports the accuracy on the test set.
 """
 
-import contextlib
+import argparse
 import math
 import sys
 import time
-from typing import NamedTuple
-
-import utils
-
-
-class Recipe(NamedTuple):
-    """What a run is made of; options on the command line win."""
-
-    optimizer: str = "muon"  # for the hidden layers' weights, and AdamW for the rest; adamw; sgd
-    xavier: bool = True  # Xavier's initialisation with the gain of the sigmoid, or PyTorch's own
-    one_cycle: bool = True  # the learning rate follows `one_cycle`, or it is constant
-    augment: bool = True  # mirror images of clothes, shifts of digits by a pixel
-    shift: int = 0  # most pixels by which all images are shifted
-    label_smoothing: float = 0.0  # share of each label that is spread over all classes
-    epochs: int = 20
-    lr: float = 0.04
-    weight_decay: float = 0.015
-
-
-ADAMW = Recipe("adamw", augment=False, lr=0.02, weight_decay=0.03)
-RECIPES = {
-    "default": Recipe(),
-    "long": Recipe(shift=1, label_smoothing=0.05, epochs=150, weight_decay=0.01),
-    "muon": Recipe(augment=False),
-    "xavier": ADAMW,
-    "adamw": ADAMW._replace(xavier=False, lr=0.01),
-    "sgd": Recipe("sgd", False, False, False, lr=0.9, weight_decay=0.0),
-}
-
-if __name__ == "__main__":
-    utils.train_parser(RECIPES).check()
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import FastLeNet
+import utils
+from model import LeNet
 
-RUN_OPTIONS = ("dataset", "recipe", "epochs", "batch_size", "lr", "weight_decay", "seed", "limit")
-SECONDS_BETWEEN_PLOTS = 30
+RECIPES = {  # shift: most pixels by which clothes are moved at random; digits are moved by one
+    "default": dict(epochs=20, lr=0.05, weight_decay=0.015, shift=0, label_smoothing=0.0),
+    "long": dict(epochs=150, lr=0.05, weight_decay=0.01, shift=1, label_smoothing=0.05),
+}
+DEFAULTS = dict(recipe="default", batch_size=256, seed=0, limit=None, full=False)
+OPTIONS = (*DEFAULTS, *RECIPES["default"])  # a run has these; they are saved with it
 
 
-def make_step(network, optimizers, images, labels, mean, std, label_smoothing):
-    """Return the function that trains `network` on one batch.
+def parse_args(argv):
+    """Parse the command line; an option of the run that is not given is not in the result."""
+
+    def of_recipes(name):
+        return "default: " + ", ".join(f"{recipe[name]} ({key})" for key, recipe in RECIPES.items())
+
+    whole, positive = utils.number(int, 1), utils.number(float, 0, above=True)
+    parser = utils.Parser(
+        "Train LeNet-5 and keep the weights of the best epoch.",
+        dataset="auto: FashionMNIST or, if it cannot be had, the built-in Glyphs; with --resume: "
+        "that of the newest run",
+        argument_default=argparse.SUPPRESS,
+    )
+    add = parser.add_argument
+    add("--recipe", choices=tuple(RECIPES), help="long: the best results (default: default)")
+    add("--epochs", type=whole, help=f"over the train split ({of_recipes('epochs')})")
+    add("--batch-size", type=whole, help=f"images in a step (default: {DEFAULTS['batch_size']})")
+    add("--lr", type=positive, help=f"peak of the learning rate ({of_recipes('lr')})")
+    decay = of_recipes("weight_decay")
+    add("--weight-decay", type=utils.number(float, 0), help=f"decoupled ({decay})")
+    add("--seed", type=utils.number(int, 0), help="of all random numbers (default: 0)")
+    add("--limit", type=whole, help="only the first LIMIT images of each split (default: all)")
+    add(
+        "--full", action="store_true", help="train on the validation split too; keep the last epoch"
+    )
+    add("--resume", action="store_true", default=False, help="go on with an interrupted run")
+    return parser.parse_args(argv)
+
+
+def add_options_of_the_run(args, checkpoint):
+    """Add to `args` what was not given: from `checkpoint`, of the run to resume, or the recipe.
+
+    Raises:
+        Error: an option contradicts the run, or the run is of another version.
+    """
+    given = {name: value for name, value in vars(args).items() if name in OPTIONS}
+    saved = checkpoint["options"] if checkpoint else given
+    last = utils.relative(args.run_dir / "last.pt")
+    recipe = saved.get("recipe", "default")
+    if recipe not in RECIPES:
+        raise utils.Error(f"{last} has the recipe {recipe} of another version: start a new run")
+    options = DEFAULTS | RECIPES[recipe] | saved
+    for name, value in given.items():
+        if value != options[name]:
+            flag, then = f"--{name.replace('_', '-')}", options[name]
+            then = f"no {flag}" if then is None or then is False else then
+            raise utils.Error(
+                f"{flag} {value} contradicts {last}, whose run has {then}: leave it out, or start "
+                "a new run without --resume"
+            )
+    vars(args).update({name: options[name] for name in OPTIONS})
+
+
+class Muon(torch.optim.Optimizer):
+    """Gradient descent with Nesterov momentum, each step of a weight matrix made orthogonal.
+
+    The update of a matrix then has the same size in all directions, where the gradient itself has
+    a few large ones and many that are almost lost. A kernel counts as a matrix with one row per
+    output map. Weight decay is decoupled, as in AdamW.
+
+    Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024,
+    https://kellerjordan.github.io/posts/muon/
+    """
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        """Update all parameters by their gradients."""
+        for group in self.param_groups:
+            lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                average = state["momentum"].lerp_(p.grad, 1 - momentum)
+                update = orthogonalise(p.grad.lerp(average, momentum).flatten(1))
+                rows, columns = update.shape
+                update = update.view(p.shape) * max(1, rows / columns) ** 0.5
+                p.mul_(1 - lr * decay).sub_(lr * update)
+
+
+def orthogonalise(matrix, steps=3):
+    """Return about U V^T for a matrix U S V^T: all but the smallest singular values near 1.
+
+    A Newton-Schulz iteration with a polynomial of degree 5 that lifts small values quickly and
+    keeps the others between about 0.7 and 1.2. Its authors take 5 steps; here 3 did as well.
+    """
+    x = matrix / (matrix.norm() + 1e-7)
+    if len(x) > x.shape[1]:
+        return orthogonalise(matrix.t(), steps).t()
+    for _ in range(steps):
+        square = x @ x.t()
+        square = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        x = torch.addmm(x, square, x, beta=3.4445)
+    return x
+
+
+def make_optimizers(model, lr, weight_decay):
+    """Return Muon for the weights of the hidden layers, and AdamW for all other parameters.
 
     Args:
-        images: uint8, N x 28 x 28; labels: int64, N; both on the device of `network`.
-        mean, std: of the pixels, for `utils.preprocess`.
-        label_smoothing: of the loss that is minimised (Szegedy et al., "Rethinking the Inception
-            architecture for computer vision", 2016, section 7).
-
-    The function takes the batch (int64, B x 4: the indices of its images, and what
-    `utils.draw_changes` has drawn for them) and the weight of an image in the loss. It returns the
-    sum of the plain loss and the number of right answers before the update, as a tensor, so that
-    the device need not be waited for.
+        lr, weight_decay: of Muon; AdamW has half the rate and twice the decay.
     """
-
-    def step(batch, weight):
-        x = utils.preprocess(images[batch[:, 0]], mean, std, batch[:, 1:])
-        y = labels[batch[:, 0]]
-        logits = network(x)
-        loss = F.cross_entropy(logits, y, reduction="sum", label_smoothing=label_smoothing)
-        network.zero_grad()
-        (weight * loss).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        return loss_and_right(logits.detach(), y)
-
-    return step
-
-
-def train_epoch(step, optimizers, rates, plan, batch_size, workers):
-    """Train for one epoch: one step for each batch of `plan`, at the next of the `rates`.
-
-    Args:
-        rates: learning rate of each step, as a share of its peak.
-        plan: int64, N x 4, all images in the order of training, as `make_step` takes them; each
-            worker takes its share of every batch.
-        batch_size: images per step, over all workers.
-
-    Returns:
-        mean loss and accuracy (0 to 1) over the epoch, each batch measured before its step.
-
-    Raises:
-        Error: the loss is not finite.
-    """
-    total = torch.zeros(2, device=plan.device)
-    bar = tqdm(plan.split(batch_size), file=sys.stdout, disable=None, leave=False, unit="batch")
-    for batch, rate in zip(bar, rates, strict=True):
-        set_rate(optimizers, rate)
-        # DistributedDataParallel takes the mean of the workers' gradients: hence their number.
-        total += step(batch[workers.rank :: workers.count], workers.count / len(batch))
-    return mean_of(total, len(plan), workers)
-
-
-def evaluate(model, images, labels, mean, std, workers):
-    """Return mean loss and accuracy (0 to 1) of `model` on images (uint8, N x 28 x 28).
-
-    Raises:
-        Error: the loss is not finite.
-    """
-    share = slice(workers.rank, None, workers.count)
-    sums = loss_and_right(utils.predict(model, images[share], mean, std), labels[share])
-    return mean_of(sums, len(labels), workers)
-
-
-def loss_and_right(logits, labels):
-    """Return the sum of the losses and the number of right answers, as one tensor."""
-    loss = F.cross_entropy(logits, labels, reduction="sum")
-    return torch.stack([loss, (logits.argmax(dim=1) == labels).sum()])
-
-
-def mean_of(total, count, workers):
-    """Return loss and accuracy per image, from each worker's sums over `count` images in all.
-
-    Raises:
-        Error: the loss is not finite.
-    """
-    loss, right = workers.sum(total).tolist()
-    if not math.isfinite(loss):
-        raise utils.Error("the loss is no longer finite, which needs a smaller --lr")
-    return loss / count, right / count
+    hidden = [layer.weight for layer in (model.c1, model.c3, model.c5, model.f6)]
+    others = [p for p in model.parameters() if not any(p is weight for weight in hidden)]
+    return [
+        Muon(hidden, lr, weight_decay=weight_decay),
+        torch.optim.AdamW(others, lr / 2, weight_decay=2 * weight_decay, fused=True),
+    ]
 
 
 def one_cycle(progress):
@@ -146,286 +151,230 @@ def one_cycle(progress):
     return (1 + math.cos(math.pi * (progress - 0.3) / 0.7)) / 2
 
 
-def make_optimizers(model, name, lr, weight_decay, capturable=False):
-    """Return the optimizers of `model`.
+def train(args, model, optimizers, train_set, val_set, mean, std, history):
+    """Train epoch after epoch; after each one save last.pt, and best.pt if it is the best so far.
 
     Args:
-        name: as in a `Recipe`.
-        lr, weight_decay: for all parameters; with muon, AdamW has half the rate, twice the decay.
-        capturable: whether a CUDA graph is to record their steps; the rates are tensors then.
-    """
-    hidden = [layer.weight for layer in (model.c1, model.c3, model.c5, model.f6)]
-    others = [p for p in model.parameters() if not any(p is weight for weight in hidden)]
-    if name == "sgd":
-        optimizers = [
-            torch.optim.SGD(model.parameters(), lr, weight_decay=weight_decay, fused=True)
-        ]
-    elif name == "adamw":
-        optimizers = [adamw(model.parameters(), lr, weight_decay, capturable)]
-    else:
-        optimizers = [
-            utils.Muon(hidden, lr, weight_decay=weight_decay),
-            adamw(others, lr / 2, 2 * weight_decay, capturable),
-        ]
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["peak"] = group["lr"]
-        if capturable:
-            group["lr"] = torch.tensor(group["lr"], device="cuda")
-    return optimizers
-
-
-def adamw(parameters, lr, weight_decay, capturable):
-    return torch.optim.AdamW(
-        parameters, lr, weight_decay=weight_decay, fused=True, capturable=capturable
-    )
-
-
-def set_rate(optimizers, rate):
-    """Set all learning rates to the share `rate` of their peaks."""
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(rate * group["peak"])  # where a recorded graph reads it
-        else:
-            group["lr"] = rate * group["peak"]
-
-
-def main(argv=None):
-    args, checkpoint = parse_args(argv)
-    workers = utils.Workers(args.device)
-    try:
-        args.dataset, *splits = load_splits(args, workers)
-        folders = args.checkpoint_dir / args.dataset, args.image_dir / args.dataset
-        for folder in folders:
-            utils.make_folder(folder)
-        with utils.claim(*folders) if workers.rank == 0 else contextlib.nullcontext():
-            if checkpoint:  # another run may have been at work in there since it was read
-                begun, checkpoint = checkpoint, utils.load_checkpoint(folders[0] / "last.pt")
-                if checkpoint["options"] != begun["options"]:
-                    raise utils.Error("another run has begun meanwhile: run this command again")
-            return train(args, checkpoint, workers, *splits)
-    except RuntimeError as error:
-        if not workers.lost(error):
-            raise
-        message = "stopped, as another worker is gone"
-        if utils.newest(args.checkpoint_dir, args.dataset, "last.pt"):
-            again = utils.command("train.py --resume", args, workers.launcher)
-            message += f". Every epoch that was finished is saved; go on with: {again}"
-        raise utils.Error(message) from error
-    finally:
-        workers.close()
-
-
-def train(args, checkpoint, workers, train_set, val_set):
-    """Train as `args` say, after `checkpoint` if there is one, and return the exit status."""
-    recipe, classes = RECIPES[args.recipe], utils.CLASSES[args.dataset]
-    run_dir, image_dir = args.checkpoint_dir / args.dataset, args.image_dir / args.dataset
-    mean, std = utils.pixel_statistics(train_set[0])
-    train_set = [tensor[: args.limit].to(workers.device) for tensor in train_set]
-    val_set = [tensor[: args.limit].to(workers.device) for tensor in val_set]
-    train_count, val_count = len(train_set[1]), len(val_set[1])
-
-    # Freed at once: from then on glibc keeps freed blocks of up to this size for the next step,
-    # instead of giving them back to the system, which can take a second per epoch.
-    torch.empty(31 * 2**20, dtype=torch.uint8)
-    torch.manual_seed(args.seed)
-    model = make_model(recipe, len(classes)).to(workers.device)
-    use_graph = workers.device.type == "cuda" and workers.count == 1
-    optimizers = make_optimizers(model, recipe.optimizer, args.lr, args.weight_decay, use_graph)
-    network = workers.wrap(model)
-    step = make_step(network, optimizers, *train_set, mean, std, recipe.label_smoothing)
-    if use_graph:
-        step = utils.CudaGraph(step, args.batch_size)
-    history = []
-    if checkpoint:
-        utils.restore_run(checkpoint, run_dir / "last.pt", model, optimizers)
-        history = checkpoint["history"]
-    if workers.rank == 0 and checkpoint:
-        utils.save_best(checkpoint, run_dir)  # a crash may have come just before
-        utils.write_metrics(history, args.dataset, image_dir, draw=True)
-    elif workers.rank == 0:
-        utils.warn_if_unfinished(run_dir / "last.pt")
-    about = {
-        "format": utils.FORMAT,
-        "dataset": args.dataset,
-        "classes": classes,
-        "mean": mean,
-        "std": std,
-        "options": {name: getattr(args, name) for name in RUN_OPTIONS},
-        "torch": str(torch.__version__),  # a plain str, which every version of torch can read
-    }
-
-    where = str(workers.device) if workers.count == 1 else f"{workers.count} workers"
-    print(f"LeNet-5 with {sum(p.numel() for p in model.parameters()):,} parameters on {where}")
-    print(f"{args.dataset}: {train_count:,} images to train on, {val_count:,} for validation\n")
-    print("epoch   learning rate   train loss   accuracy   validation loss   accuracy   seconds")
-    next_plot = time.monotonic()
-    try:
-        for epoch in range(len(history) + 1, args.epochs + 1):
-            start = time.perf_counter()
-            rates = rates_of_epoch(epoch, args, recipe, train_count)
-            plan = draw_plan(train_count, args.dataset, recipe).to(workers.device)
-            model.train()
-            train_row = train_epoch(step, optimizers, rates, plan, args.batch_size, workers)
-            val_row = evaluate(model, *val_set, mean, std, workers)
-            seconds = time.perf_counter() - start
-            row = dict(zip(utils.HISTORY, (epoch, args.lr * rates[-1], *train_row, *val_row)))
-
-            if workers.rank > 0:
-                history.append(row)
-                continue
-            checkpoint = about | {
-                "epoch": epoch,
-                "history": [*history, row],
-                "model": model.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "random": torch.get_rng_state(),
-            }
-            utils.save(checkpoint, run_dir / "last.pt")
-            history.append(row)
-            utils.save_best(checkpoint, run_dir)
-            print_epoch(history, args.epochs, seconds)
-            draw = epoch == args.epochs or time.monotonic() >= next_plot
-            utils.write_metrics(history, args.dataset, image_dir, draw)
-            if draw:
-                next_plot = time.monotonic() + SECONDS_BETWEEN_PLOTS
-            if epoch == 2 and row["val_accuracy"] < 1.5 / len(classes):
-                print(
-                    "Warning: after 2 epochs the accuracy is still at chance. Stop with Ctrl-C and "
-                    f"try a smaller --lr than {args.lr}, or more images per class.",
-                    file=sys.stderr,
-                )
-    except utils.Error as error:
-        if workers.rank > 0:
-            return 2  # rank 0 says why
-        message = f"stopped in epoch {epoch}: {error}; {saved_so_far(history, args, workers)}"
-        raise utils.Error(message) from error
-    except KeyboardInterrupt:
-        if workers.rank == 0:
-            print(f"\nStopped: {saved_so_far(history, args, workers)}", file=sys.stderr)
-        if workers.rank == 0 and history:
-            utils.write_metrics(history, args.dataset, image_dir, draw=True)
-        return 130
-
-    best = utils.best_epoch(history)
-    correct = round(best["val_accuracy"] * val_count)
-    print(
-        f"\nBest epoch: {best['epoch']} of {args.epochs}, validation accuracy on {args.dataset} "
-        f"{best['val_accuracy']:.2%} ({correct}/{val_count})\n"
-        f"Weights:    {utils.relative(run_dir / 'best.pt')}\n"
-        f"Plot:       {utils.relative(image_dir / 'metrics.png')}, its numbers in metrics.csv\n"
-        f"Next:       {utils.command('test.py', args)}"
-    )
-    return 0
-
-
-def make_model(recipe, num_classes):
-    """Return a new network, its weights drawn from the global random numbers."""
-    model = FastLeNet(num_classes)
-    if not recipe.xavier:
-        for layer in (model.c1, model.c3, model.c5, model.f6, model.f7):
-            layer.reset_parameters()
-    return model
-
-
-def rates_of_epoch(epoch, args, recipe, count):
-    """Return the rate of each step in `epoch`, over `count` images, as a share of its peak."""
-    steps = math.ceil(count / args.batch_size)
-    if not recipe.one_cycle:
-        return [1.0] * steps
-    return [one_cycle(i / (args.epochs * steps)) for i in range((epoch - 1) * steps, epoch * steps)]
-
-
-def draw_plan(count, dataset, recipe):
-    """Draw the order of `count` images and their augmentation (int64, N x 4), as `make_step` says.
-
-    They are drawn on the CPU, so that all workers and every kind of device see the same.
-    """
-    clothes = dataset == "FashionMNIST"
-    order = torch.randperm(count)
-    mirror = recipe.augment and clothes
-    shift = max(recipe.shift, int(recipe.augment and not clothes))
-    return torch.cat([order.unsqueeze(1), utils.draw_changes(count, mirror, shift)], dim=1)
-
-
-def load_splits(args, workers):
-    """Return the data set's name, and the train and the validation split (images and labels)."""
-    if workers.rank == 0:
-        dataset, *data = utils.load_train_images(args.dataset, args.data_dir)
-        workers.share(dataset)
-    else:  # only after rank 0, which has downloaded or drawn what was missing
-        dataset = workers.share(None)
-        data = utils.load_images(dataset, args.data_dir, "train")
-    return dataset, *utils.split_train_validation(*data)
-
-
-def parse_args(argv):
-    """Parse the command line; with --resume, return the newest run's options and checkpoint too.
+        args: the options of the run.
+        train_set, val_set: images (uint8, N x 28 x 28) and labels (int64, N) on the device of
+            `model`; val_set is None with --full.
+        mean, std: of the pixels.
+        history: list of dicts, one for each epoch so far; those of the new epochs are added.
 
     Raises:
-        Error: an option is bad, there is no run, or an option contradicts the run's own.
+        FloatingPointError: the loss is not finite.
+        Error: a checkpoint cannot be written.
     """
-    parser = utils.train_parser(RECIPES)
-    args = parser.parse_args(argv)
-    if not args.resume:
-        for name in ("epochs", "lr", "weight_decay"):
-            if getattr(args, name) is None:
-                setattr(args, name, getattr(RECIPES[args.recipe], name))
-        return args, None
+    count = len(train_set[1])
+    steps = math.ceil(count / args.batch_size)  # in an epoch
+    clothes = args.dataset == "FashionMNIST"  # mirrored, they are still clothes
+    shift = args.shift if clothes else 1
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    peaks = [group["lr"] for group in groups]
+    for epoch in range(len(history) + 1, args.epochs + 1):
+        start = time.perf_counter()
+        total = torch.zeros(2, device=train_set[1].device)  # there, so that no step waits for it
+        batches = utils.batches(*train_set, mean, std, args.batch_size, clothes, shift)
+        bar = tqdm(batches, total=steps, file=sys.stdout, disable=None, leave=False, unit="batch")
+        model.train()
+        for step, (x, y) in enumerate(bar, start=(epoch - 1) * steps):
+            rate = one_cycle(step / (args.epochs * steps))
+            for group, peak in zip(groups, peaks):
+                group["lr"] = rate * peak
+            logits = model(x)
+            loss = F.cross_entropy(logits, y, label_smoothing=args.label_smoothing)
+            model.zero_grad()
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            total += loss_and_right(logits.detach(), y)
 
-    path = utils.newest(args.checkpoint_dir, args.dataset, "last.pt")
-    if path is None:
-        what = "run" if args.dataset == "auto" else f"run on {args.dataset}"
-        raise utils.Error(
-            f"there is no {what} to resume in {utils.relative(args.checkpoint_dir)}: "
-            "start one without --resume"
-        )
-    checkpoint = utils.load_checkpoint(path)
-    saved = checkpoint["options"]
-    if "recipe" not in saved:
-        raise utils.Error(
-            f"{utils.relative(path)} was begun by an older version, which alone can go on with it"
-        )
-    if path.parent.name != checkpoint["dataset"]:
-        raise utils.Error(f"{utils.relative(path)} belongs to a run on {checkpoint['dataset']}")
-    flags = {name: f"--{name.replace('_', '-')}" for name in RUN_OPTIONS}
-    # Read as if typed, and so checked as well; what is typed now comes after it and wins.
-    typed = [f"{flags.get(name)}={value}" for name, value in saved.items() if value is not None]
+        numbers = (total / count).tolist()
+        if val_set:
+            numbers += evaluate(model, *val_set, mean, std)
+        if not all(map(math.isfinite, numbers)):
+            raise FloatingPointError
+        row = dict(zip(utils.HISTORY, (epoch, rate * args.lr, *numbers)))
+        checkpoint = {
+            "format": utils.FORMAT,
+            "dataset": args.dataset,
+            "classes": utils.CLASSES[args.dataset],
+            "mean": mean,
+            "std": std,
+            "options": {name: getattr(args, name) for name in OPTIONS},
+            "torch": str(torch.__version__),  # a plain str, which every version of torch can read
+            "epoch": epoch,
+            "history": [*history, row],
+            "model": model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "random": torch.get_rng_state(),
+        }
+        utils.save(checkpoint, args.run_dir / "last.pt")
+        history.append(row)
+        save_best(checkpoint, args.run_dir)
+        print_epoch(history, args, time.perf_counter() - start)
+        write_metrics(history, args)
+
+
+def evaluate(model, images, labels, mean, std):
+    """Return mean loss and accuracy (0 to 1) of `model` on images (uint8, N x 28 x 28)."""
+    logits = utils.predict(model, images, mean, std)
+    return (loss_and_right(logits, labels) / len(labels)).tolist()
+
+
+def loss_and_right(logits, labels):
+    """Return the sum of the losses and the number of right answers, as one tensor."""
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    return torch.stack([loss, (logits.argmax(dim=1) == labels).sum()])
+
+
+def save_best(checkpoint, run_dir):
+    """Write best.pt if the last epoch of `checkpoint`, the contents of last.pt, is the best so far.
+
+    After last.pt: if a crash comes between the two, the same call brings best.pt up to date.
+    """
+    if utils.best_epoch(checkpoint["history"]) is checkpoint["history"][-1]:
+        state = ("optimizers", "random")
+        best = {key: value for key, value in checkpoint.items() if key not in state}
+        utils.save(best, run_dir / "best.pt")
+
+
+def write_metrics(history, args, plot=False):
+    """Write metrics.csv and, with `plot`, metrics.png; where that fails, warn and go on."""
     try:
-        parser.parse_args(typed)
+        utils.write_metrics(history, args.picture_dir / "metrics.csv")
+        if plot:
+            utils.plot_metrics(history, args.dataset, args.picture_dir / "metrics.png")
     except utils.Error as error:
-        raise utils.Error(f"{utils.relative(path)} cannot be resumed: {error}") from error
-    args = parser.parse_args([*typed, *(sys.argv[1:] if argv is None else argv)])
-    if args.dataset == "auto":
-        args.dataset = checkpoint["dataset"]
-    for name, flag in flags.items():
-        now, then = getattr(args, name), saved.get(name)
-        if now != then:
-            raise utils.Error(
-                f"{flag} {now} contradicts {utils.relative(path)}, whose run has {then}: "
-                "leave it out, or start a new run without --resume"
-            )
-    return args, checkpoint
+        print(f"Warning: {error}", file=sys.stderr)
 
 
-def print_epoch(history, epochs, seconds):
+def print_epoch(history, args, seconds):
+    """Print the line of an epoch, and a warning where nothing is learnt."""
     row = history[-1]
     print(
-        f"{row['epoch']:>{len(str(epochs))}}/{epochs}".rjust(7),
+        f"{row['epoch']:>{len(str(args.epochs))}}/{args.epochs}".rjust(7),
         f"{row['lr']:>13.2e}",
         f"{row['train_loss']:>12.4f}{row['train_accuracy']:>11.2%}",
-        f"{row['val_loss']:>17.4f}{row['val_accuracy']:>11.2%}",
-        f"{seconds:>9.1f}" + ("  best so far" if utils.best_epoch(history) is row else ""),
+        f"{'-':>17}{'-':>11}"
+        if args.full
+        else f"{row['val_loss']:>17.4f}{row['val_accuracy']:>11.2%}",
+        f"{seconds:>9.1f}"
+        + ("" if args.full or utils.best_epoch(history) is not row else "  best so far"),
         flush=True,
     )
+    if row["epoch"] == 2 < args.epochs and row["train_accuracy"] < 0.15:
+        print(
+            "Warning: after 2 epochs the accuracy is still at chance. Stop with Ctrl-C, and start "
+            f"anew with another --lr than {args.lr}, or with more images.",
+            file=sys.stderr,
+        )
 
 
-def saved_so_far(history, args, workers):
+def print_result(history, args, val_count):
+    """Print what the run has reached, where it is, and what to do next."""
+    best, path, options = utils.best_epoch(history), args.run_dir / "best.pt", []
+    if args.full:
+        print(f"\nLast epoch: {best['epoch']}; no image was held back to validate it")
+    else:
+        correct = round(best["val_accuracy"] * val_count)
+        print(
+            f"\nBest epoch: {best['epoch']} of {args.epochs}, validation accuracy on "
+            f"{args.dataset} {best['val_accuracy']:.2%} ({correct}/{val_count})"
+        )
+    if not path.exists():
+        path = args.run_dir / "last.pt"
+        options = ["--checkpoint", utils.relative(path)]
+    plot = utils.relative(args.picture_dir / "metrics.png")
+    print(f"Weights:    {utils.relative(path)}")
+    print(f"Plot:       {plot}, its numbers in metrics.csv")
+    print(f"Next:       {utils.command('test.py', args, *options)}")
+
+
+def note_what_is_there(args, history):
+    """Say it if a new run is going to overwrite another one, or if best.pt of this one is gone."""
+    best, last = args.run_dir / "best.pt", args.run_dir / "last.pt"
+    if not history and last.exists():
+        print(
+            f"Note: the run in {utils.relative(args.run_dir)} is overwritten after the first "
+            "epoch. To keep it, stop with Ctrl-C, and name another --checkpoint-dir; --resume goes "
+            "on with it.",
+            file=sys.stderr,
+        )
+    elif history and not best.exists():
+        print(
+            f"Note: {utils.relative(best)} is gone, and with it the weights of epoch "
+            f"{utils.best_epoch(history)['epoch']}. It comes back with the next better epoch.",
+            file=sys.stderr,
+        )
+
+
+def saved_so_far(history, args):
     """Say what is safe after the epochs of `history`, and how to go on."""
     if not history:
         return "no epoch was saved yet"
-    where = utils.relative(args.checkpoint_dir / args.dataset / "last.pt")
-    again = utils.command("train.py --resume", args, workers.launcher)
-    return f"epoch {len(history)} is saved in {where}; go on with: {again}"
+    last = utils.relative(args.run_dir / "last.pt")
+    again = utils.command("train.py", args, "--resume")
+    return f"epoch {len(history)} is saved in {last}; go on with: {again}"
+
+
+def run(args, device, train_set, val_set, checkpoint):
+    """Train, after `checkpoint` if there is one, and return the exit status."""
+    mean, std = utils.pixel_statistics(train_set[0])
+    train_set = [part[: args.limit].to(device) for part in train_set]
+    val_set = val_set and [part[: args.limit].to(device) for part in val_set]
+    val_count = len(val_set[1]) if val_set else 0
+    torch.manual_seed(args.seed)
+    model = LeNet(len(utils.CLASSES[args.dataset]))
+    model.to(device, memory_format=torch.channels_last)  # in which a CPU is fastest
+    optimizers = make_optimizers(model, args.lr, args.weight_decay)
+    history = []
+    if checkpoint:
+        utils.restore_run(checkpoint, args.run_dir / "last.pt", model, optimizers)
+        history = checkpoint["history"]
+        save_best(checkpoint, args.run_dir)  # a crash may have come just before
+    note_what_is_there(args, history)
+
+    print(f"LeNet-5 with {sum(p.numel() for p in model.parameters()):,} parameters on {device}")
+    print(f"{args.dataset}: {len(train_set[1]):,} images to train on, {val_count:,} for validation")
+    if len(history) < args.epochs:
+        print(
+            "\nepoch   learning rate   train loss   accuracy   validation loss   accuracy   seconds"
+        )
+    else:
+        print(f"This run is already complete: it has {len(history)} epochs")
+    try:
+        train(args, model, optimizers, train_set, val_set, mean, std, history)
+    except KeyboardInterrupt:
+        print(f"\nStopped: {saved_so_far(history, args)}", file=sys.stderr)
+        if history:
+            write_metrics(history, args, plot=True)
+        return 130
+    except FloatingPointError:
+        raise utils.Error(
+            f"the loss is no longer finite in epoch {len(history) + 1}: start anew with a smaller "
+            f"rate, such as --lr {args.lr / 4:g}"
+        ) from None
+    except utils.Error as error:
+        raise utils.Error(f"{error}; {saved_so_far(history, args)}") from error
+    write_metrics(history, args, plot=True)
+    print_result(history, args, val_count)
+    return 0
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = utils.choose_device(args.device)
+    if args.resume:
+        args.dataset = utils.newest(args.checkpoint_dir, args.dataset, "last.pt").parent.name
+    args.dataset, *data = utils.load_train_images(args.dataset, args.data_dir)
+    args.run_dir = args.checkpoint_dir / args.dataset
+    args.picture_dir = args.image_dir / args.dataset
+    with utils.claim(args.run_dir, args.picture_dir):
+        checkpoint = utils.load_checkpoint(args.run_dir / "last.pt") if args.resume else None
+        add_options_of_the_run(args, checkpoint)
+        splits = (data, None) if args.full else utils.split_train_validation(*data)
+        return run(args, device, *splits, checkpoint)
 
 
 if __name__ == "__main__":
