@@ -9,6 +9,8 @@ Then `python test.py` reports the accuracy on the test set.
 """
 
 import argparse
+import csv
+import io
 import math
 import sys
 import time
@@ -26,6 +28,7 @@ RECIPES = {  # shift: most pixels by which clothes are moved at random; digits a
 }
 DEFAULTS = dict(recipe="default", batch_size=256, seed=0, limit=None, full=False)
 OPTIONS = (*DEFAULTS, *RECIPES["default"])  # a run has these; they are saved with it
+HEADER = "epoch   learning rate   train loss   accuracy   validation loss   accuracy   seconds"
 
 
 def parse_args(argv):
@@ -241,8 +244,12 @@ def save_best(checkpoint, run_dir):
 
 def write_metrics(history, args, plot=False):
     """Write metrics.csv and, with `plot`, metrics.png; where that fails, warn and go on."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, utils.HISTORY, lineterminator="\n")
+    table.writeheader()
+    table.writerows(history)
     try:
-        utils.write_metrics(history, args.picture_dir / "metrics.csv")
+        utils.write_file(args.picture_dir / "metrics.csv", text.getvalue().encode())
         if plot:
             utils.plot_metrics(history, args.dataset, args.picture_dir / "metrics.png")
     except utils.Error as error:
@@ -251,16 +258,14 @@ def write_metrics(history, args, plot=False):
 
 def print_epoch(history, args, seconds):
     """Print the line of an epoch, and a warning where nothing is learnt."""
-    row = history[-1]
+    row, val, best = history[-1], f"{'-':>18}{'-':>11}", ""
+    if not args.full:
+        val = f"{row['val_loss']:>18.4f}{row['val_accuracy']:>11.2%}"
+        best = "  best so far" if utils.best_epoch(history) is row else ""
     print(
         f"{row['epoch']:>{len(str(args.epochs))}}/{args.epochs}".rjust(7),
-        f"{row['lr']:>13.2e}",
-        f"{row['train_loss']:>12.4f}{row['train_accuracy']:>11.2%}",
-        f"{'-':>17}{'-':>11}"
-        if args.full
-        else f"{row['val_loss']:>17.4f}{row['val_accuracy']:>11.2%}",
-        f"{seconds:>9.1f}"
-        + ("" if args.full or utils.best_epoch(history) is not row else "  best so far"),
+        f"{row['lr']:>13.2e}{row['train_loss']:>13.4f}{row['train_accuracy']:>11.2%}"
+        f"{val}{seconds:>10.1f}{best}",
         flush=True,
     )
     if row["epoch"] == 2 < args.epochs and row["train_accuracy"] < 0.15:
@@ -273,40 +278,34 @@ def print_epoch(history, args, seconds):
 
 def print_result(history, args, val_count):
     """Print what the run has reached, where it is, and what to do next."""
-    best, path, options = utils.best_epoch(history), args.run_dir / "best.pt", []
-    if args.full:
-        print(f"\nLast epoch: {best['epoch']}; no image was held back to validate it")
-    else:
-        correct = round(best["val_accuracy"] * val_count)
-        print(
-            f"\nBest epoch: {best['epoch']} of {args.epochs}, validation accuracy on "
-            f"{args.dataset} {best['val_accuracy']:.2%} ({correct}/{val_count})"
-        )
-    if not path.exists():
-        path = args.run_dir / "last.pt"
-        options = ["--checkpoint", utils.relative(path)]
+    row, weights, options = utils.best_epoch(history), args.run_dir / "best.pt", []
+    result = f"Last epoch: {row['epoch']}; no image was held back to validate it"
+    if not args.full:
+        correct = round(row["val_accuracy"] * val_count)
+        result = f"Best epoch: {row['epoch']} of {args.epochs}, validation accuracy on "
+        result += f"{args.dataset} {row['val_accuracy']:.2%} ({correct}/{val_count})"
+    if not weights.exists():
+        weights = args.run_dir / "last.pt"
+        options = ["--checkpoint", utils.relative(weights)]
     plot = utils.relative(args.picture_dir / "metrics.png")
-    print(f"Weights:    {utils.relative(path)}")
+    print(f"\n{result}")
+    print(f"Weights:    {utils.relative(weights)}")
     print(f"Plot:       {plot}, its numbers in metrics.csv")
     print(f"Next:       {utils.command('test.py', args, *options)}")
 
 
-def note_what_is_there(args, history):
+def note_what_is_there(history, args):
     """Say it if a new run is going to overwrite another one, or if best.pt of this one is gone."""
     best, last = args.run_dir / "best.pt", args.run_dir / "last.pt"
+    note = None
     if not history and last.exists():
-        print(
-            f"Note: the run in {utils.relative(args.run_dir)} is overwritten after the first "
-            "epoch. To keep it, stop with Ctrl-C, and name another --checkpoint-dir; --resume goes "
-            "on with it.",
-            file=sys.stderr,
-        )
+        note = f"the run in {utils.relative(args.run_dir)} is overwritten after the first epoch; "
+        note += "to keep it, stop with Ctrl-C, and go on with --resume or another --checkpoint-dir"
     elif history and not best.exists():
-        print(
-            f"Note: {utils.relative(best)} is gone, and with it the weights of epoch "
-            f"{utils.best_epoch(history)['epoch']}. It comes back with the next better epoch.",
-            file=sys.stderr,
-        )
+        note = f"{utils.relative(best)} is gone, and with it the weights of epoch "
+        note += f"{utils.best_epoch(history)['epoch']}; it comes back with the next better epoch"
+    if note:
+        print(f"Note: {note}", file=sys.stderr)
 
 
 def saved_so_far(history, args):
@@ -333,14 +332,12 @@ def run(args, device, train_set, val_set, checkpoint):
         utils.restore_run(checkpoint, args.run_dir / "last.pt", model, optimizers)
         history = checkpoint["history"]
         save_best(checkpoint, args.run_dir)  # a crash may have come just before
-    note_what_is_there(args, history)
+    note_what_is_there(history, args)
 
     print(f"LeNet-5 with {sum(p.numel() for p in model.parameters()):,} parameters on {device}")
     print(f"{args.dataset}: {len(train_set[1]):,} images to train on, {val_count:,} for validation")
     if len(history) < args.epochs:
-        print(
-            "\nepoch   learning rate   train loss   accuracy   validation loss   accuracy   seconds"
-        )
+        print(f"\n{HEADER}")
     else:
         print(f"This run is already complete: it has {len(history)} epochs")
     try:

@@ -6,7 +6,6 @@ data set.
 
 import argparse
 import contextlib
-import csv
 import gzip
 import io
 import math
@@ -193,20 +192,17 @@ def load_images(dataset, data_dir, split):
     cache = Path(data_dir) / dataset / f"{split}-v{CACHE_VERSION}.pt"
     if cache.exists():
         try:
-            images, labels = (load(cache)[key] for key in ("images", "labels"))
-            if (images.dtype, images.shape[1:]) == (torch.uint8, (28, 28)):
-                return images, labels
-            raise Error(f"{relative(cache)} has no images of this project")
-        except (Error, AttributeError, LookupError, TypeError) as error:
+            cached = load(cache)
+            return cached["images"], cached["labels"]
+        except (Error, LookupError, TypeError) as error:
             print(f"{error}: making it anew", file=sys.stderr)
-    try:
-        images, labels = (
-            draw_glyphs(split)
-            if dataset == "Glyphs"
-            else read_archives(dataset, Path(data_dir), split)
-        )
-    except OSError as error:
-        raise Unavailable(f"cannot use the data folder {relative(data_dir)}: {error}") from error
+    if dataset == "Glyphs":
+        images, labels = draw_glyphs(split)
+    else:
+        try:
+            images, labels = read_archives(dataset, Path(data_dir), split)
+        except OSError as error:
+            raise Unavailable(f"cannot use {relative(data_dir)}: {error}") from error
     try:
         save({"images": images, "labels": labels}, cache)
     except Error as error:
@@ -259,12 +255,12 @@ def read_archives(dataset, data_dir, split):
     if missing:
         fetch([*source.mirrors, *SECOND_SOURCES[dataset]], raw, missing)
     prefix = "train" if split == "train" else "t10k"
-    contents = [
+    images, labels = (
         bytearray(gzip.decompress((raw / f"{prefix}-{kind}-ubyte.gz").read_bytes()))
         for kind in ("images-idx3", "labels-idx1")
-    ]
-    images = torch.frombuffer(contents[0], dtype=torch.uint8, offset=16).view(-1, 28, 28)
-    return images, torch.frombuffer(contents[1], dtype=torch.uint8, offset=8).long()
+    )
+    images = torch.frombuffer(images, dtype=torch.uint8, offset=16).view(-1, 28, 28)
+    return images, torch.frombuffer(labels, dtype=torch.uint8, offset=8).long()
 
 
 def fetch(mirrors, folder, missing):
@@ -278,9 +274,8 @@ def fetch(mirrors, folder, missing):
     """
     from torchvision.datasets.utils import download_url
 
-    problem = ", ".join(
-        f"{name} is {'damaged' if (folder / name).exists() else 'missing'}" for name, _ in missing
-    )
+    name = missing[0][0]
+    problem = f"{name} is {'damaged' if (folder / name).exists() else 'missing'}"
     print(f"{problem} in {relative(folder)}", file=sys.stderr)
     reasons = []
     timeout = socket.getdefaulttimeout()
@@ -296,9 +291,7 @@ def fetch(mirrors, folder, missing):
                 reasons.append(f"{mirror}: {error}")
     finally:
         socket.setdefaulttimeout(timeout)
-    raise Unavailable(
-        f"{problem} in {relative(folder)}, and cannot be fetched ({'; '.join(reasons)})"
-    )
+    raise Unavailable(f"{problem} and cannot be fetched ({'; '.join(reasons)})")
 
 
 def split_train_validation(images, labels, per_class=500):
@@ -352,9 +345,8 @@ def batches(images, labels, mean, std, batch_size, mirror=False, shift=0):
     count = len(labels)
     plan = [torch.randperm(count), torch.rand(count) < (0.5 if mirror else 0.0)]
     plan += torch.randint(2 * shift + 1, (2, count))
-    for index, mirrored, top, left in zip(
-        *(each.to(images.device).split(batch_size) for each in plan)
-    ):
+    plan = [each.to(images.device).split(batch_size) for each in plan]
+    for index, mirrored, top, left in zip(*plan):
         x = images[index]
         x = torch.where(mirrored.view(-1, 1, 1), x.flip(2), x)
         windows = F.pad(x, [2 + shift] * 4).unfold(1, 32, 1).unfold(2, 32, 1)
@@ -372,7 +364,7 @@ def predict(model, images, mean, std, batch_size=1000):
 
 # --- Checkpoints ----------------------------------------------------------------------------------
 
-FORMAT = 1  # raise it whenever a checkpoint's keys change their meaning
+FORMAT = 2  # raise it whenever a checkpoint's keys change their meaning
 HISTORY = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
 SIZE_LIMIT = 64 * 2**20  # bytes; a checkpoint has less than 1 MiB, a train split 46 MiB
 
@@ -547,12 +539,10 @@ def newest(checkpoint_dir, dataset, name):
     names = CLASSES if dataset == "auto" else [dataset]
     paths = [path for each in names if (path := checkpoint_dir / each / name).exists()]
     if not paths:
-        run, option = (
-            ("run", "") if dataset == "auto" else (f"run on {dataset}", f" --dataset {dataset}")
-        )
+        run = "run" if dataset == "auto" else f"run on {dataset}"
         raise Error(
-            f"there is no {run} in {relative(checkpoint_dir)}: start one with train.py{option}, or "
-            f"name the folder that has D/{name} of a run on data set D with --checkpoint-dir"
+            f"there is no {run} in {relative(checkpoint_dir)}: start one with train.py, or name "
+            f"with --checkpoint-dir the folder that has D/{name} of a run on data set D"
         )
     return max(paths, key=lambda path: path.stat().st_mtime)
 
@@ -599,15 +589,6 @@ def save_figure(figure, path, dpi=100):
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     write_file(path, buffer.getbuffer())
-
-
-def write_metrics(history, path):
-    """Write a CSV file with one line per epoch, from dicts with the keys HISTORY."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, HISTORY, lineterminator="\n")
-    table.writeheader()
-    table.writerows(history)
-    write_file(path, text.getvalue().encode())
 
 
 def plot_metrics(history, dataset, path):

@@ -5,24 +5,23 @@ import re
 import pytest
 from benchmark import judge
 from conftest import ROOT
-from reproduce import read_results, summary
+from reproduce import KEYS, LABELS, STEPS, read_results, summary
 
 import train
 import utils
-from utils.plots import RECIPE_LABELS
 
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 RUNS = read_results()
-COMMANDS = sorted({(row["dataset"], row["recipe"], row["epochs"]) for row in RUNS})
+COMMANDS = sorted({tuple(row[key] for key in KEYS[:-1]) for row in RUNS})
 
 
-def test_every_recipe_has_results_and_a_label_in_the_picture():
-    assert {recipe for _, recipe, _ in COMMANDS} == set(train.RECIPES) == set(RECIPE_LABELS)
+def test_every_recipe_and_every_step_of_the_ablation_has_results():
+    assert {recipe for _, recipe, *_ in COMMANDS} == {*train.RECIPES, *STEPS} == {*LABELS}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_readme_has_the_row_of_each_command(command):
-    rows = [row for row in RUNS if (row["dataset"], row["recipe"], row["epochs"]) == command]
+    rows = [row for row in RUNS if tuple(row[key] for key in KEYS[:-1]) == command]
     assert summary(rows) in README
     assert [row["seed"] for row in rows] == list(range(len(rows)))
 
@@ -31,8 +30,6 @@ def test_readme_has_the_row_of_each_command(command):
 def test_shipped_weights_have_the_accuracy_in_the_readme(real_data, dataset):
     path = ROOT / "checkpoints" / f"lenet5-{dataset.lower()}.pt"
     accuracy, _ = judge(utils.load_checkpoint(path), real_data)
-    right = round(10_000 * accuracy)
     # Rounding differs from machine to machine: it may turn an image or two.
-    row = rf"\| {dataset} \| `checkpoints/{path.name}` .*\((\d+)/10000\)"
-    shown = re.search(row, README)
-    assert abs(right - int(shown[1])) <= 3
+    shown = re.search(rf"\| {dataset} \| `checkpoints/{path.name}` .*\((\d+)/10000\)", README)
+    assert abs(round(10_000 * accuracy) - int(shown[1])) <= 3
