@@ -69,6 +69,8 @@ def add_options_of_the_run(args, checkpoint):
     given = {name: value for name, value in vars(args).items() if name in OPTIONS}
     saved = checkpoint["options"] if checkpoint else given
     last = utils.relative(args.run_dir / "last.pt")
+    if checkpoint and checkpoint["dataset"] != args.dataset:
+        raise utils.Error(f"{last} belongs to a run on {checkpoint['dataset']}")
     recipe = saved.get("recipe", "default")
     if recipe not in RECIPES:
         raise utils.Error(f"{last} has the recipe {recipe} of another version: start a new run")
