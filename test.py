@@ -7,7 +7,6 @@ python test.py --image shoe.jpg bag.png   your own pictures
 
 import math
 import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,17 +27,17 @@ def parse_args(argv):
         dataset="whose newest weights to take; auto: the newest of all, or else the shipped ones",
     )
     add, text = parser.add_argument, "for the choice of 64 random images (default: 0)"
-    add("--checkpoint", type=Path, help="take the weights in this file instead")
+    add("--checkpoint", type=utils.path, help="take the weights in this file instead")
     add("--seed", type=utils.number(int, 0), default=0, help=text)
     text = "classify these pictures instead of the test set"
-    add("--image", type=Path, nargs="+", action="extend", help=text)
+    add("--image", type=utils.path, nargs="+", action="extend", help=text)
     return parser.parse_args(argv)
 
 
 def find_checkpoint(args):
     """Return the checkpoint that the options ask for: named, of the newest run, or shipped."""
     if args.checkpoint:
-        return args.checkpoint.expanduser()
+        return args.checkpoint
     try:
         return utils.newest(args.checkpoint_dir, args.dataset, "best.pt")
     except utils.Error:

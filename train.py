@@ -27,8 +27,15 @@ RECIPES = {  # shift: most pixels by which clothes are moved at random; digits a
     "long": dict(epochs=150, lr=0.05, weight_decay=0.01, shift=1, label_smoothing=0.05),
 }
 DEFAULTS = dict(recipe="default", batch_size=256, seed=0, limit=None, full=False)
-OPTIONS = (*DEFAULTS, *RECIPES["default"])  # a run has these; they are saved with it
-HEADER = "epoch   learning rate   train loss   accuracy   validation loss   accuracy   seconds"
+TYPES = {
+    "epochs": utils.number(int, 1),
+    "batch_size": utils.number(int, 1),
+    "lr": utils.number(float, 0, above=True),
+    "weight_decay": utils.number(float, 0),
+    "seed": utils.number(int, 0),
+    "limit": utils.number(int, 1),
+}
+OPTIONS = ("recipe", *TYPES, "full")  # what a run can be asked for; it is saved with the run
 
 
 def parse_args(argv):
@@ -37,7 +44,6 @@ def parse_args(argv):
     def of_recipes(name):
         return "default: " + ", ".join(f"{recipe[name]} ({key})" for key, recipe in RECIPES.items())
 
-    whole, positive = utils.number(int, 1), utils.number(float, 0, above=True)
     parser = utils.Parser(
         "Train LeNet-5 and keep the weights of the best epoch.",
         dataset="auto: FashionMNIST or, if it cannot be had, the built-in Glyphs; with --resume: "
@@ -46,16 +52,17 @@ def parse_args(argv):
     )
     add = parser.add_argument
     add("--recipe", choices=tuple(RECIPES), help="long: the best results (default: default)")
-    add("--epochs", type=whole, help=f"over the train split ({of_recipes('epochs')})")
-    add("--batch-size", type=whole, help=f"images in a step (default: {DEFAULTS['batch_size']})")
-    add("--lr", type=positive, help=f"peak of the learning rate ({of_recipes('lr')})")
-    decay = of_recipes("weight_decay")
-    add("--weight-decay", type=utils.number(float, 0), help=f"decoupled ({decay})")
-    add("--seed", type=utils.number(int, 0), help="of all random numbers (default: 0)")
-    add("--limit", type=whole, help="only the first LIMIT images of each split (default: all)")
-    add(
-        "--full", action="store_true", help="train on the validation split too; keep the last epoch"
-    )
+    for name, text in (
+        ("epochs", f"passes over the train split ({of_recipes('epochs')})"),
+        ("batch_size", f"images in a step (default: {DEFAULTS['batch_size']})"),
+        ("lr", f"peak of the learning rate ({of_recipes('lr')})"),
+        ("weight_decay", f"decoupled ({of_recipes('weight_decay')})"),
+        ("seed", f"of all random numbers (default: {DEFAULTS['seed']})"),
+        ("limit", "only the first LIMIT images of each split (default: all)"),
+    ):
+        add(f"--{name.replace('_', '-')}", type=TYPES[name], help=text)
+    text = "train on the validation images too, and keep the last epoch"
+    add("--full", action="store_true", help=text)
     add("--resume", action="store_true", default=False, help="go on with an interrupted run")
     return parser.parse_args(argv)
 
@@ -64,26 +71,35 @@ def add_options_of_the_run(args, checkpoint):
     """Add to `args` what was not given: from `checkpoint`, of the run to resume, or the recipe.
 
     Raises:
-        Error: an option contradicts the run, or the run is of another version.
+        Error: an option contradicts the run, or the run's own are not such as this version has.
     """
     given = {name: value for name, value in vars(args).items() if name in OPTIONS}
-    saved = checkpoint["options"] if checkpoint else given
+    saved = given
     last = utils.relative(args.run_dir / "last.pt")
-    if checkpoint and checkpoint["dataset"] != args.dataset:
-        raise utils.Error(f"{last} belongs to a run on {checkpoint['dataset']}")
+    if checkpoint:
+        if checkpoint["dataset"] != args.dataset:
+            raise utils.Error(f"{last} belongs to a run on {checkpoint['dataset']}")
+        saved = {name: value for name, value in checkpoint["options"].items() if name in OPTIONS}
     recipe = saved.get("recipe", "default")
-    if recipe not in RECIPES:
+    if not isinstance(recipe, str) or recipe not in RECIPES:
         raise utils.Error(f"{last} has the recipe {recipe} of another version: start a new run")
     options = DEFAULTS | RECIPES[recipe] | saved
+    for name, kind in TYPES.items():
+        try:
+            if name != "limit" or options[name] is not None:
+                options[name] = kind(options[name])
+        except argparse.ArgumentTypeError as error:
+            raise utils.Error(f"{last} cannot be resumed: its {name} {error}") from error
     for name, value in given.items():
         if value != options[name]:
             flag, then = f"--{name.replace('_', '-')}", options[name]
+            now = flag if value is True else f"{flag} {value}"
             then = f"no {flag}" if then is None or then is False else then
             raise utils.Error(
-                f"{flag} {value} contradicts {last}, whose run has {then}: leave it out, or start "
-                "a new run without --resume"
+                f"{now} contradicts {last}, whose run has {then}: leave it out, or start a new run "
+                "without --resume"
             )
-    vars(args).update({name: options[name] for name in OPTIONS})
+    vars(args).update(options)
 
 
 class Muon(torch.optim.Optimizer):
@@ -127,8 +143,8 @@ def orthogonalise(matrix, steps=3):
         return orthogonalise(matrix.t(), steps).t()
     for _ in range(steps):
         square = x @ x.t()
-        square = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
-        x = torch.addmm(x, square, x, beta=3.4445)
+        polynomial = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        x = torch.addmm(x, polynomial, x, beta=3.4445)
     return x
 
 
@@ -160,7 +176,7 @@ def train(args, model, optimizers, train_set, val_set, mean, std, history):
     """Train epoch after epoch; after each one save last.pt, and best.pt if it is the best so far.
 
     Args:
-        args: the options of the run.
+        args: the options of the run, its data set and its folders run_dir and picture_dir.
         train_set, val_set: images (uint8, N x 28 x 28) and labels (int64, N) on the device of
             `model`; val_set is None with --full.
         mean, std: of the pixels.
@@ -178,7 +194,7 @@ def train(args, model, optimizers, train_set, val_set, mean, std, history):
     peaks = [group["lr"] for group in groups]
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.perf_counter()
-        total = torch.zeros(2, device=train_set[1].device)  # there, so that no step waits for it
+        total = torch.zeros(2, device=train_set[1].device)  # reading it each step would stall a GPU
         batches = utils.batches(*train_set, mean, std, args.batch_size, clothes, shift)
         bar = tqdm(batches, total=steps, file=sys.stdout, disable=None, leave=False, unit="batch")
         model.train()
@@ -192,7 +208,7 @@ def train(args, model, optimizers, train_set, val_set, mean, std, history):
             loss.backward()
             for optimizer in optimizers:
                 optimizer.step()
-            total += loss_and_right(logits.detach(), y)
+            total += loss_and_right(logits.detach(), y)  # of the plain loss, without smoothing
 
         numbers = (total / count).tolist()
         if val_set:
@@ -215,7 +231,7 @@ def train(args, model, optimizers, train_set, val_set, mean, std, history):
             "random": torch.get_rng_state(),
         }
         utils.save(checkpoint, args.run_dir / "last.pt")
-        history.append(row)
+        history.append(row)  # from here on the epoch counts as saved
         save_best(checkpoint, args.run_dir)
         print_epoch(history, args, time.perf_counter() - start)
         write_metrics(history, args)
@@ -258,6 +274,9 @@ def write_metrics(history, args, plot=False):
         print(f"Warning: {error}", file=sys.stderr)
 
 
+HEADER = "epoch   learning rate   train loss   accuracy   validation loss   accuracy   seconds"
+
+
 def print_epoch(history, args, seconds):
     """Print the line of an epoch, and a warning where nothing is learnt."""
     row, val, best = history[-1], f"{'-':>18}{'-':>11}", ""
@@ -291,7 +310,7 @@ def print_result(history, args, val_count):
         options = ["--checkpoint", utils.relative(weights)]
     plot = utils.relative(args.picture_dir / "metrics.png")
     print(f"\n{result}")
-    print(f"Weights:    {utils.relative(weights)}")
+    print(f"Weights:    {utils.relative(weights)}{', of the last epoch' if options else ''}")
     print(f"Plot:       {plot}, its numbers in metrics.csv")
     print(f"Next:       {utils.command('test.py', args, *options)}")
 
@@ -319,7 +338,7 @@ def saved_so_far(history, args):
     return f"epoch {len(history)} is saved in {last}; go on with: {again}"
 
 
-def run(args, device, train_set, val_set, checkpoint):
+def start(args, device, train_set, val_set, checkpoint):
     """Train, after `checkpoint` if there is one, and return the exit status."""
     mean, std = utils.pixel_statistics(train_set[0])
     train_set = [part[: args.limit].to(device) for part in train_set]
@@ -341,7 +360,7 @@ def run(args, device, train_set, val_set, checkpoint):
     if len(history) < args.epochs:
         print(f"\n{HEADER}")
     else:
-        print(f"This run is already complete: it has {len(history)} epochs")
+        print(f"This run is already complete: {len(history)} of {args.epochs} epochs are done")
     try:
         train(args, model, optimizers, train_set, val_set, mean, std, history)
     except KeyboardInterrupt:
@@ -373,7 +392,7 @@ def main(argv=None):
         checkpoint = utils.load_checkpoint(args.run_dir / "last.pt") if args.resume else None
         add_options_of_the_run(args, checkpoint)
         splits = (data, None) if args.full else utils.split_train_validation(*data)
-        return run(args, device, *splits, checkpoint)
+        return start(args, device, *splits, checkpoint)
 
 
 if __name__ == "__main__":

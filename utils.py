@@ -85,26 +85,31 @@ class Parser(argparse.ArgumentParser):
         raise Error(f"{message} (see python {self.prog} --help)")
 
 
+def path(text):
+    """An argparse type: a path, in which ~ is the user's home."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111 - never raises
+
+
 def folder(text):
-    """An argparse type: the path of a folder, or of one that can be made; ~ is the user's home."""
-    path = Path(text).expanduser()
-    if os.path.lexists(path) and not os.path.isdir(path):  # noqa: PTH112 - never raises
+    """An argparse type: the path of a folder, or of one that can be made."""
+    if os.path.lexists(path(text)) and not os.path.isdir(path(text)):  # noqa: PTH112 - never raises
         raise argparse.ArgumentTypeError(f"{text!r} is no folder")
-    return path
+    return path(text)
 
 
 def number(kind, low, above=False):
     """Return an argparse type: a finite int or float (`kind`), at least `low` or above it."""
 
+    high = 2**63 if kind is int else math.inf  # torch has no larger whole numbers
+
     def parse(text):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ArithmeticError, TypeError, ValueError):
             value = kind(text)
-            if (low < value if above else low <= value) and value < 2**63:
+            if (low < value if above else low <= value) and value < high:
                 return value
         what = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not {what} {'above' if above else 'from'} {low}"
-        )
+        bound = "above" if above else "from"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bound} {low}")
 
     return parse
 
@@ -135,8 +140,7 @@ def relative(path):
 
 def command(script, args, *options):
     """Return a command line that works where it is printed: with the folders, device of `args`."""
-    found = shutil.which("python")
-    python = "python" if found and Path(found).samefile(sys.executable) else sys.executable
+    python = "python" if shutil.which("python") == sys.executable else sys.executable
     line = [python, relative(ROOT / script), *options, "--dataset", args.dataset]
     for name, (default, _) in FOLDERS.items():
         if (path := getattr(args, f"{name}_dir")) != default:
@@ -166,9 +170,8 @@ def choose_device(name):
 
 # --- Data sets ------------------------------------------------------------------------------------
 
-SECOND_SOURCES = {
-    "FashionMNIST": ["https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"],
-    "MNIST": [],
+SECOND_SOURCES = {  # where torchvision knows of one alone
+    "FashionMNIST": ["https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"]
 }
 TIMEOUT = 8  # seconds that a server may be silent
 CACHE_VERSION = 1  # raise it whenever a change makes other images, so that no old cache is used
@@ -194,8 +197,8 @@ def load_images(dataset, data_dir, split):
         try:
             cached = load(cache)
             return cached["images"], cached["labels"]
-        except (Error, LookupError, TypeError) as error:
-            print(f"{error}: making it anew", file=sys.stderr)
+        except (Error, LookupError, TypeError):
+            print(f"{relative(cache)} is damaged: making it anew", file=sys.stderr)
     if dataset == "Glyphs":
         images, labels = draw_glyphs(split)
     else:
@@ -253,7 +256,7 @@ def read_archives(dataset, data_dir, split):
         (name, md5) for name, md5 in source.resources if not check_integrity(raw / name, md5)
     ]
     if missing:
-        fetch([*source.mirrors, *SECOND_SOURCES[dataset]], raw, missing)
+        fetch([*source.mirrors, *SECOND_SOURCES.get(dataset, [])], raw, missing)
     prefix = "train" if split == "train" else "t10k"
     images, labels = (
         bytearray(gzip.decompress((raw / f"{prefix}-{kind}-ubyte.gz").read_bytes()))
@@ -364,7 +367,7 @@ def predict(model, images, mean, std, batch_size=1000):
 
 # --- Checkpoints ----------------------------------------------------------------------------------
 
-FORMAT = 2  # raise it whenever a checkpoint's keys change their meaning
+FORMAT = 2  # of checkpoints; raise it whenever older code could not read them, newer code can
 HISTORY = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
 SIZE_LIMIT = 64 * 2**20  # bytes; a checkpoint has less than 1 MiB, a train split 46 MiB
 
@@ -440,7 +443,7 @@ def load(path):
             return torch.load(buffer, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail in any way, a hostile one in even more
         raise Error(f"{shown} is damaged, or no file of this project") from error
-    raise Error(f"{shown} is damaged: its contents do not match its checksum")
+    raise Error(f"{shown} is damaged: its contents do not match its size or checksum")
 
 
 def load_checkpoint(path):
@@ -454,7 +457,7 @@ def load_checkpoint(path):
         newer = checkpoint["format"] > FORMAT
         if not newer and not is_ours(checkpoint):
             raise ValueError("a value that train.py cannot have written")
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise Error(f"{shown} is not a checkpoint of train.py ({error})") from error
     if newer:
         raise Error(f"{shown} is of a newer version: update the project")
@@ -463,7 +466,7 @@ def load_checkpoint(path):
 
 def is_ours(checkpoint):
     """Tell whether the values of `checkpoint` are such as train.py writes, or raise an error."""
-    history, options = checkpoint["history"], checkpoint["options"]
+    history = checkpoint["history"]
     return (
         checkpoint["classes"] == CLASSES[checkpoint["dataset"]]
         and 0 <= checkpoint["mean"] <= 1
@@ -472,16 +475,13 @@ def is_ours(checkpoint):
         and all(tuple(row) in (HISTORY, HISTORY[:4]) for row in history)  # the latter with --full
         and all(row["epoch"] == i for i, row in enumerate(history, 1))
         and all(math.isfinite(number) for row in history for number in row.values())
-        and all(isinstance(options[name], int) for name in ("epochs", "batch_size", "seed"))
-        and options["batch_size"] > 0
-        and options["lr"] > 0
-        and options["weight_decay"] >= 0
+        and isinstance(checkpoint["options"], dict)
     )
 
 
 def best_epoch(history):
     """Return the row with the highest validation accuracy, the first of equals; else the last."""
-    return max(history, key=lambda row: row.get("val_accuracy", row["epoch"]))
+    return max(history, key=lambda row: row.get("val_accuracy", row["epoch"]))  # --full has none
 
 
 def kinds(tensors):
@@ -523,7 +523,7 @@ def restore_run(checkpoint, path, model, optimizers):
             for index in ours["state"] | saved["state"]:
                 if kinds(saved["state"][index]) != kinds(ours["state"][index]):
                     raise ValueError("not the state of this optimizer")
-            optimizer.load_state_dict({**ours, "state": saved["state"]})
+            optimizer.load_state_dict({**ours, "state": saved["state"]})  # peak rates stay ours
         torch.set_rng_state(checkpoint["random"])
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise Error(f"{relative(path)} cannot be resumed: its state is wrong") from error
@@ -567,9 +567,9 @@ def claim(*folders):
                 raise Error(f"cannot write into the folder {folder}: choose another one")
             if fcntl is None:
                 continue
-            descriptor = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, descriptor)
             try:
+                descriptor = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, descriptor)
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 message = f"another run is at work in {folder}: wait for its end, or choose another"

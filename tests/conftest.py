@@ -1,9 +1,8 @@
-"""What the tests share: small runs on Glyphs, the real archives where they are, the scripts."""
+"""What the tests share: small runs on Glyphs, and the real archives where they are."""
 
+import importlib
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,41 +10,33 @@ import torch
 
 import train
 import utils
+from model import LeNet
 
+judge = importlib.import_module("test")  # a plain import is sorted among the standard library
 ROOT = Path(__file__).resolve().parent.parent
 ARCHIVES = [
     f"{split}-{kind}-ubyte.gz"
     for split in ("train", "t10k")
     for kind in ("images-idx3", "labels-idx1")
 ]
-# A proxy that refuses connections: scripts run by the tests are cut off on every machine.
-OFFLINE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9") | {"no_proxy": ""}
-OFFLINE |= {"PYTHONUNBUFFERED": ""}  # as on a user's machine
-
-
-def interrupt_after(epochs):
-    """Return a stand-in for `train.print_epoch` that is Ctrl-C after so many epochs."""
-
-    def print_epoch(history, *_):
-        if len(history) == epochs:
-            raise KeyboardInterrupt
-
-    return print_epoch
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=25, help="how often test_crash.py kills its run")
+    parser.addoption("--kills", type=int, default=12, help="how often test_crash.py kills its run")
 
 
-def load(tmp_path, name):
-    return utils.load_checkpoint(tmp_path / "checkpoints" / "Glyphs" / name)
+def load(folder, name):
+    return utils.load_checkpoint(folder / "checkpoints" / "Glyphs" / name)
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def expect_same_run(one, other):
     """All that a run leaves behind, bit for bit."""
     for name in ("best.pt", "last.pt"):
-        first, second = load(one, name), load(other, name)
-        assert flatten(first) == flatten(second)
+        assert flatten(load(one, name)) == flatten(load(other, name))
     csvs = [(folder / "images" / "Glyphs" / "metrics.csv").read_bytes() for folder in (one, other)]
     assert csvs[0] == csvs[1]
 
@@ -61,9 +52,9 @@ def flatten(value):
     return value
 
 
-def options(folder, glyphs_dir):
+def options(folder, data_dir):
     return [
-        f"--data-dir={glyphs_dir}",
+        f"--data-dir={data_dir}",
         f"--checkpoint-dir={folder / 'checkpoints'}",
         f"--image-dir={folder / 'images'}",
         "--device=cpu",
@@ -77,40 +68,45 @@ def glyphs_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def glyphs_run(tmp_path_factory, glyphs_dir):
+def start(glyphs_dir):
+    """Run train.py here, with its files in a folder and maybe Ctrl-C in training step `stop_at`."""
+
+    def start(folder, *line, stop_at=None):
+        forward, steps = LeNet.forward, []
+
+        def interrupted(model, x):
+            steps.append(model.training)
+            if sum(steps) == stop_at:
+                raise KeyboardInterrupt
+            return forward(model, x)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LeNet, "forward", interrupted)
+            return train.main([*options(folder, glyphs_dir), *line])
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def glyphs_run(tmp_path_factory, start):
     """The folder of a run of 3 epochs on all of Glyphs, with its checkpoints and images."""
     folder = tmp_path_factory.mktemp("run")
-    assert train.main(["--dataset=Glyphs", "--epochs=3", *options(folder, glyphs_dir)]) == 0
+    assert start(folder, "--dataset=Glyphs", "--epochs=3") == 0
     return folder
 
 
 @pytest.fixture(scope="session")
 def real_data(tmp_path_factory):
-    """A data folder with the real archives of FashionMNIST and MNIST."""
-    source = Path(os.environ.get("LENET_DATA", ROOT.parent / "shared" / "data"))
+    """A data folder with the real archives of FashionMNIST and MNIST, and nothing else."""
+    wanted = [Path(name, "raw", file) for name in ("FashionMNIST", "MNIST") for file in ARCHIVES]
+    sources = [ROOT / "data", *map(Path, filter(None, [os.environ.get("LENET_DATA")]))]
+    for source in sources:
+        if all((source / path).is_file() for path in wanted):
+            break
+    else:
+        pytest.skip("no archives in data/, nor in the folder that LENET_DATA names")
     folder = tmp_path_factory.mktemp("real")
-    for dataset in ("FashionMNIST", "MNIST"):
-        for name in ARCHIVES:
-            archive = source / dataset / "raw" / name
-            if not archive.exists():
-                pytest.skip(f"{archive} is missing: LENET_DATA names a folder with the archives")
-            (folder / dataset / "raw").mkdir(parents=True, exist_ok=True)
-            shutil.copy(archive, folder / dataset / "raw")
+    for path in wanted:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / path, folder / path)
     return folder
-
-
-@pytest.fixture
-def run_script(tmp_path):
-    """Run a script as a user does, from another folder and without a network."""
-
-    def run(script, *options):
-        return subprocess.run(
-            [sys.executable, ROOT / script, *map(str, options)],
-            cwd=tmp_path,
-            env=os.environ | OFFLINE,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-
-    return run

@@ -1,11 +1,10 @@
 """A run that is killed again and again, at any moment, ends as the one that nobody touched.
 
-python -m pytest tests/test_crash.py                25 kills
+python -m pytest tests/test_crash.py                12 kills
 python -m pytest tests/test_crash.py --kills 200    more of them
 """
 
 import multiprocessing
-import multiprocessing.forkserver
 import os
 import random
 import shutil
@@ -26,25 +25,19 @@ def context():
     """Starts processes that have imported torch already: a kill then costs no seconds."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         pytest.skip("needs fork")
+    from multiprocessing import forkserver
+
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "utils.plots", "matplotlib.figure"])
+    context.set_forkserver_preload(["train"])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)  # where the server looks for train.py
-        multiprocessing.forkserver.ensure_running()
+        forkserver.ensure_running()
     return context
-
-
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory, glyphs_dir):
-    """The folder of the run that is not interrupted."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert train.main([*RUN, *options(folder, glyphs_dir)]) == 0
-    return folder
 
 
 def work(line, log, run, fatal):
     """Run train.py in a process of its own, and die at the operation `fatal` on files of `run`."""
-    sys.stdout = sys.stderr = log.open("a")
+    sys.stdout = sys.stderr = log.open("a", encoding="utf-8")
     sys.argv = ["train.py", *line]
     left = [fatal]
 
@@ -70,10 +63,11 @@ def expect_whole_files(folder):
     assert len(epochs) != 1 or epochs["last.pt"] == 1  # best.pt is the next to be written
 
 
-def test_run_that_is_killed_again_and_again(tmp_path, context, whole_run, glyphs_dir, request):
+def test_run_that_is_killed_again_and_again(tmp_path, context, glyphs_dir, start, request):
     """Half of the kills are at a random moment, half at a random file operation."""
     kills, rng = request.config.getoption("kills"), random.Random(0)
-    run = tmp_path / "run"
+    run, whole_run = tmp_path / "run", tmp_path / "whole"
+    assert start(whole_run, *RUN) == 0
     while True:
         resume = (run / "checkpoints" / "Glyphs" / "last.pt").exists()
         line = [*(["--resume"] if resume else RUN), *options(run, glyphs_dir)]
@@ -91,7 +85,7 @@ def test_run_that_is_killed_again_and_again(tmp_path, context, whole_run, glyphs
             kills -= 1
             continue
 
-        assert process.exitcode == 0, (tmp_path / "log.txt").read_text()
+        assert process.exitcode == 0, (tmp_path / "log.txt").read_text(encoding="utf-8")
         expect_same_run(run, whole_run)
         names = [sorted(path.name for path in folder.rglob("*.*")) for folder in (run, whole_run)]
         assert names[0] == names[1]  # nothing temporary is left

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from utils.muon import Muon, orthogonalise
+from train import Muon, orthogonalise
 
 
 @pytest.mark.parametrize("shape", [(6, 25), (120, 400), (84, 120), (40, 10)])
