@@ -32,8 +32,8 @@ import train  # noqa: E402
 import utils  # noqa: E402
 from model import LeNet  # noqa: E402
 
-IMAGES, PART = 60_000, 5_120  # of an epoch, and of a turn
-TURNS, MATRIX = 15, 2048
+IMAGES, PART = 60_000, 15_360  # of an epoch, and of a turn
+TURNS, MATRIX = 7, 2048
 # Multiply-adds per image: forward, as many for the weights' gradients, those of the inputs.
 OPERATIONS_PER_IMAGE = 2 * (416_520 + 416_520 + 298_920)
 

@@ -105,7 +105,7 @@ def test_pictures_that_cannot_be_used_are_refused_in_one_line(tmp_path):
     frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
     messages |= {"missing.png": "does not exist", "large.png": "is too large: 12000x12000 pixels"}
     messages |= dict.fromkeys(["dot.png", "plain.png"], "of one colour")
-    messages |= {"film.gif": "is animated"}
+    messages |= {"film.gif": "is animated", "code.eps": "cannot identify image file"}
     for name, message in messages.items():
         with pytest.raises(utils.Error, match=f"{name}.* {message}") as caught:
             judge.load_picture(tmp_path / name, "MNIST")
