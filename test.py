@@ -5,8 +5,11 @@ python test.py --dataset MNIST            the newest run on MNIST
 python test.py --image shoe.jpg bag.png   your own pictures
 """
 
+import json
 import math
+import re
 import warnings
+from base64 import b64encode
 
 import numpy as np
 import torch
@@ -125,6 +128,40 @@ def report_test_set(args, checkpoint, images, labels, logits):
     if len(worst):
         utils.plot_grid(images[worst], captions(worst, True), title, path, right[worst])
     print(f"Pictures: predict.png, confusion.png and mistakes.png in {utils.relative(folder)}")
+    about = f"{correct} of {total:,} test images right"
+    page = write_page(checkpoint, about, images, labels, folder / "lenet5.html")
+    print(
+        f"Page:     {utils.relative(page)}, to draw on and to see every layer: open it in a browser"
+    )
+
+
+def write_page(checkpoint, about, images, labels, path):
+    """Write images/lenet5.html to `path` with the weights of `checkpoint`, and return `path`.
+
+    Args:
+        about: what the page says of the weights.
+        images, labels: of the test set; the first two images of each class can be clicked on.
+    """
+
+    def base64(tensor):
+        return b64encode(tensor.contiguous().numpy().tobytes()).decode()
+
+    page = (utils.ROOT / "images" / "lenet5.html").read_text(encoding="utf-8")
+    head, networks, tail = re.split(r"(?<=id=\"networks\">)(.*?)(?=</script>)", page, maxsplit=1)
+    samples = torch.cat([(labels == label).nonzero()[:2, 0] for label in labels.unique()])
+    network = {
+        "classes": checkpoint["classes"],
+        "mean": checkpoint["mean"],
+        "std": checkpoint["std"],
+        "about": about,
+        "weights": base64(torch.cat([w.flatten() for w in checkpoint["model"].values()])),
+        "samples": base64(images[samples]),
+        "labels": labels[samples].tolist(),
+    }
+    shipped = {k: v for k, v in json.loads(networks).items() if k != checkpoint["dataset"]}
+    networks = json.dumps({checkpoint["dataset"]: network, **shipped})  # the judged one first
+    utils.write_file(path, f"{head}{networks}{tail}".encode())
+    return path
 
 
 def report_pictures(args, checkpoint, images, logits):
