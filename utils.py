@@ -605,7 +605,7 @@ def plot_metrics(history, dataset, path):
     """
     best, epochs = best_epoch(history), [row["epoch"] for row in history]
     splits = [("train", "train", ORANGE), ("val", "validation", BLUE)][: 1 + ("val_loss" in best)]
-    start = len(history) // 20  # the first epochs are far from the rest, which one wants to see
+    start = 3 * len(history) // 20  # the first epochs are far from the rest, which one wants to see
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     axes = figure.subplots(1, 2)
     for ax, key, scale, unit in (
