@@ -14,6 +14,7 @@ from base64 import b64encode
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 import utils
@@ -75,11 +76,11 @@ def main(argv=None):
     if args.image:
         report_pictures(args, checkpoint, images, logits)
     else:
-        report_test_set(args, checkpoint, images, labels, logits)
+        report_test_set(args, checkpoint, model, images, labels, logits)
     return 0
 
 
-def report_test_set(args, checkpoint, images, labels, logits):
+def report_test_set(args, checkpoint, model, images, labels, logits):
     """Print loss and accuracy, in all, per class and on 64 images, and draw the pictures."""
     dataset, classes = checkpoint["dataset"], checkpoint["classes"]
     folder = args.image_dir / dataset
@@ -127,12 +128,59 @@ def report_test_set(args, checkpoint, images, labels, logits):
     path = folder / "mistakes.png"
     if len(worst):
         utils.plot_grid(images[worst], captions(worst, True), title, path, right[worst])
-    print(f"Pictures: predict.png, confusion.png and mistakes.png in {utils.relative(folder)}")
+    first = sample[0].item()
+    title = f"LeNet-5 on {dataset}: test image {first}, of class {classes[labels[first]]}"
+    title += ", on its way through the layers"
+    plot_features(model, images[first], checkpoint, title, folder / "features.png")
+    print(
+        "Pictures: predict.png, confusion.png, mistakes.png and features.png in "
+        f"{utils.relative(folder)}"
+    )
     about = f"{correct} of {total:,} test images right"
     page = write_page(checkpoint, about, images, labels, folder / "lenet5.html")
     print(
         f"Page:     {utils.relative(page)}, to draw on and to see every layer: open it in a browser"
     )
+
+
+def plot_features(model, image, checkpoint, title, path):
+    """Draw the output of each layer for `image` (uint8, 28 x 28), and the kernels of C1."""
+    outputs = []
+    hooks = [
+        layer.register_forward_hook(lambda *call: outputs.append(call[2][0].cpu()))
+        for layer in (model.sig, model.s2, model.s4)
+    ]
+    x = image[None].to(model.f7.weight.device)
+    shares = utils.predict(model, x, checkpoint["mean"], checkpoint["std"]).softmax(dim=1)[0].cpu()
+    for hook in hooks:
+        hook.remove()
+    c1, s2, c3, s4, c5, f6 = outputs
+    kernels = model.c1.weight.detach()[:, 0].cpu()
+    figure = Figure(figsize=(13, 6.8), layout="constrained")
+    axes = figure.subplots(1, 9, width_ratios=(2.8, 1.3, 1.3, 1.3, 2, 2, 1.6, 1.2, 3))
+    for ax, name, maps, columns in (
+        (axes[0], "Input\n32x32", F.pad(image, [2] * 4)[None] / 255, 1),
+        (axes[1], "6 kernels\n5x5", (kernels / kernels.abs().max() + 1) / 2, 1),
+        (axes[2], "C1: 6 maps\n28x28", c1, 1),
+        (axes[3], "S2: means\n14x14", s2, 1),
+        (axes[4], "C3: 16 maps\n10x10", c3, 2),
+        (axes[5], "S4: means\n5x5", s4, 2),
+        (axes[6], "C5\n120 units", c5, 6),
+        (axes[7], "F6\n84 units", f6.view(84, 1, 1), 4),
+    ):
+        gap = min(1, maps.shape[1] - 1)  # none between units
+        rows = F.pad(maps, [0, gap, 0, gap], value=math.nan).split(columns)
+        tiles = torch.cat([torch.cat([*row], dim=1) for row in rows])
+        ax.imshow(tiles.numpy(), cmap="RdBu_r" if ax is axes[1] else "gray", vmin=0, vmax=1)
+        ax.set_title(name, fontsize=11)
+        ax.axis("off")
+    axes[8].barh(checkpoint["classes"], (100 * shares).tolist(), color=utils.BLUE)
+    axes[8].set(title="Output: softmax of\n10 units (%)", xlim=(0, 100), ylim=(9.5, -0.5))
+    figure.suptitle(title, fontsize=14)
+    figure.supxlabel(
+        "Black: 0, white: 1. Kernels: red weights are above 0, blue ones below", size=11
+    )
+    utils.save_figure(figure, path)
 
 
 def write_page(checkpoint, about, images, labels, path):
@@ -172,13 +220,22 @@ def report_pictures(args, checkpoint, images, logits):
         best = [f"{classes[i]} ({p:.1%})" for p, i in zip(*row.topk(3))]
         print(f"{file}: {', '.join(best)}")
         name = file.name.encode(errors="replace").decode()  # names are bytes, of any encoding
-        name = name if len(name) <= 18 else f"{name[:8]}…{name[-9:]}"
+        name = name if len(name) <= 28 else f"{name[:13]}…{name[-14:]}"
         captions.append(f"{name}\n{best[0]}")
     path = args.image_dir / "own.png"
     title = f"What LeNet-5, trained on {dataset}, sees"
-    utils.plot_grid(F.pad(images[:64], [2] * 4), captions, title, path)
+    pairs = [beside(file, image) for file, image in zip(args.image[:64], images)]
+    utils.plot_grid(torch.stack(pairs), captions, title, path)
     which = "" if len(images) <= 64 else ", the first 64"
     print(f"Picture: {utils.relative(path)}{which}")
+
+
+def beside(file, image):
+    """Return the picture in `file` beside `image` (uint8, 28 x 28) of it, as uint8, 128 x 264."""
+    picture = Image.fromarray(read_grey(file).byte().numpy())
+    picture = torch.from_numpy(np.array(ImageOps.pad(picture, (128, 128), color=255)))
+    seen = F.pad(image, [2] * 4).repeat_interleave(4, dim=0).repeat_interleave(4, dim=1)
+    return torch.cat([picture, torch.full((128, 8), 255, dtype=torch.uint8), seen], dim=1)
 
 
 def wilson_interval(correct, total, z=1.96):
@@ -209,28 +266,20 @@ def load_picture(path, dataset):
         image (uint8, 28 x 28).
 
     Raises:
-        Error: the file is no picture that can be read, or it is of one colour.
+        Error: the file is no picture that can be read, or nothing is to be seen in it.
     """
-    grey = read_grey(path)
-    if not np.isfinite(grey).all():
-        raise utils.Error(f"{utils.relative(path)} has pixels that are no numbers: save it anew")
-    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-    background = np.median(border)
-    x = grey - background
-    if background > (grey.max() + grey.min()) / 2:
-        x = -x
-    noise = 4 * np.median(np.abs(border - background))  # of the paper, the table, the wall
-    x = (x - noise).clip(min=0)
-    if x.max() <= 1e-3 * (1 + abs(background)):
-        raise utils.Error(f"{utils.relative(path)} shows nothing: it is of one colour")
-    x = (255 * x / x.max()).astype(np.uint8)
-
-    rows, columns = ((x > 25).any(axis=axis).nonzero()[0] for axis in (1, 0))
+    x = (find_article if dataset == "FashionMNIST" else find_digit)(read_grey(path))
+    if not x.any():
+        raise utils.Error(
+            f"{utils.relative(path)} shows nothing that stands out from its background: take it "
+            "closer, in even light, on a plain background"
+        )
+    rows, columns = ((x > 0.1).any(dim=dim).nonzero() for dim in (1, 0))
     x = x[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     scale = BOX[dataset] / max(x.shape)
     height, width = (max(1, round(side * scale)) for side in x.shape)
-    x = np.array(Image.fromarray(x).resize((width, height), Image.Resampling.BILINEAR), dtype=float)
-    x = (255 * x / x.max()).round().astype(np.uint8)
+    x = np.array(Image.fromarray(x.numpy()).resize((width, height), Image.Resampling.BILINEAR))
+    x = (255 * x / x.max()).round()
 
     # MNIST's centres of mass lie on pixel 14 of 0 to 27, not on 13.5.
     middle = (height - 1) / 2, (width - 1) / 2
@@ -244,8 +293,97 @@ def load_picture(path, dataset):
     return image
 
 
+def border(x):
+    """Return the outermost pixels of x (H x W) in one row."""
+    return torch.cat([x[0], x[-1], x[:, 0], x[:, -1]])
+
+
+def dark_on_bright(grey):
+    """Return grey levels (float, H x W), turned round if the background is the darker part."""
+    low, high = grey.min(), grey.max()
+    return low + high - grey if border(grey).median() < (low + high) / 2 else grey
+
+
+def find_article(grey):
+    """Return the article in a picture (float, H x W) as floats, 0 to 1, on a black background.
+
+    The background is a plane through the levels of the border, as light comes from one side.
+    """
+    down, across = (torch.linspace(-1, 1, side) for side in grey.shape)
+    planes = [torch.ones_like(grey), *torch.meshgrid(down, across, indexing="ij")]
+    x = -dark_on_bright(grey)
+    levels, kept = border(x), slice(None)
+    sides = torch.stack([border(plane) for plane in planes], dim=1)
+    for _ in range(10):  # only the half that fits best counts: the article may touch the border
+        fit = torch.linalg.pinv(sides[kept]) @ levels[kept]
+        grain = (levels - sides @ fit).abs()
+        kept = grain <= grain.median()
+    x = x - sum(plane * share for plane, share in zip(planes, fit)) - 4 * grain.median()
+    return x.clamp(min=0) / x.max() if x.max() > 0.5 else torch.zeros_like(x)
+
+
+def find_digit(grey):
+    """Return the strokes in a picture of a digit (float, H x W) as floats, 0 to 1, on black.
+
+    Uneven light, shadows, the table beside the paper, rulings and grain are left out.
+    """
+    x = dark_on_bright(grey)
+    paper = -opening(-x, min(101, max(x.shape) | 1))  # without strokes, which are narrower
+    x = (paper - x) / paper.clamp(min=1)
+    threshold = x.max() / 2
+    if threshold == 0:
+        return x
+    for _ in range(20):  # Ridler and Calvard, "Picture thresholding using an iterative ...", 1978
+        threshold = (x[x > threshold].mean() + x[x <= threshold].mean()) / 2
+    core = digit = main_parts((x > threshold).float())
+    thickness = 0
+    while core.any():
+        core, thickness = -dilate(-core, 3), thickness + 2
+    digit = main_parts(opening(digit, thickness // 4 | 1))  # without rulings that cross it
+    level = x[x <= threshold].median()
+    grain = 4 * (x[x <= threshold] - level).abs().median()
+    x = x - level - grain
+    ink = x[digit > 0].quantile(0.75)
+    x = (x / ink).clamp(0, 1) * dilate(digit, max(x.shape) // 200 * 2 + 5)  # with soft edges
+    return x if ink > grain / 2 else torch.zeros_like(x)
+
+
+def dilate(x, size):
+    """Return the maximum of x (float, H x W) over squares of `size` (odd) pixels."""
+    x = F.max_pool2d(x[None], (1, size), stride=1, padding=(0, size // 2))
+    return F.max_pool2d(x, (size, 1), stride=1, padding=(size // 2, 0))[0]
+
+
+def opening(x, size):
+    """Return x (float, H x W) without what is bright and narrower than `size` (odd) pixels."""
+    return dilate(-dilate(-x, size), size)
+
+
+def main_parts(mask):
+    """Return those connected parts of a mask (float, 0 or 1, H x W) that may belong to a digit.
+
+    Out are parts that cover most of a side, if there are others, and those that have less than a
+    tenth of the largest one's area.
+    """
+    part, before = torch.arange(1.0, mask.numel() + 1).view(mask.shape) * mask, mask
+    while not part.equal(before):
+        before = part
+        part = dilate(part, 3) * mask  # the largest number nearby, and what its pixel has by now
+        part = F.pad(part.flatten(), (1, 0))[part.long()]
+    part = part.long()
+    area = part.flatten().bincount(minlength=mask.numel() + 1)
+    area[0] = 0
+    inside = area.clone()
+    for side in (part[0], part[-1], part[:, 0], part[:, -1]):
+        most = side.mode().values
+        if (side == most).float().mean() > 0.5:
+            inside[most] = 0
+    area = inside if inside.any() else area
+    return (area > area.max() / 10)[part].float()
+
+
 def read_grey(path):
-    """Read a picture as grey levels (float, H x W), the right way up, at most 1024 pixels wide."""
+    """Read a picture as grey levels (float, 0 to 255, H x W), the right way up, H and W <= 512."""
     shown = utils.relative(path)
     try:
         with warnings.catch_warnings():
@@ -259,7 +397,7 @@ def read_grey(path):
             deep = picture.mode.startswith(("I", "F"))  # 16 bits and more
             if picture.mode not in ("RGB", "RGBA", "L"):  # which are scaled first, to save memory
                 picture = picture.convert("F" if deep else "RGBA")
-            picture.thumbnail((1024, 1024))
+            picture.thumbnail((512, 512))
             picture = ImageOps.exif_transpose(picture).convert("F" if deep else "RGBA")
     except FileNotFoundError:
         raise utils.Error(f"{shown} does not exist") from None
@@ -267,11 +405,15 @@ def read_grey(path):
         raise utils.Error(f"{shown} is no picture that can be read: {error}") from error
 
     if picture.mode == "F":
-        return np.array(picture, dtype=float)
-    grey = np.array(picture.convert("RGB").convert("L"), dtype=float)
-    alpha = np.array(picture.getchannel("A"), dtype=float) / 255
+        grey = torch.from_numpy(np.array(picture))
+        if not grey.isfinite().all():
+            raise utils.Error(f"{shown} has pixels that are no numbers: save it anew")
+        low, high = grey.min(), grey.max()
+        return 255 * (grey - low) / (high - low) if high > low else torch.zeros_like(grey)
+    grey = torch.from_numpy(np.array(picture.convert("RGB").convert("L"))).float()
+    alpha = torch.from_numpy(np.array(picture.getchannel("A"))) / 255
     # What is transparent becomes white behind a dark object and black behind a bright one.
-    mean = (grey * alpha).sum() / max(alpha.sum(), 1)
+    mean = (grey * alpha).sum() / alpha.sum().clamp(min=1)
     return alpha * grey + (1 - alpha) * (255 if mean < 128 else 0)
 
 

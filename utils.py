@@ -16,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import zipfile
 from http.client import HTTPException
 from pathlib import Path
@@ -393,7 +392,7 @@ def write_file(path, data):
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            replace(temporary, path)
+            temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -401,18 +400,6 @@ def write_file(path, data):
         raise Error(
             f"cannot write {relative(path)}: {error.strerror} (what was there before is untouched)"
         ) from error
-
-
-def replace(source, target, tries=10):
-    """Rename `source` to `target`; on Windows, wait up to a second for whoever reads `target`."""
-    for left in reversed(range(tries)):
-        try:
-            source.replace(target)
-            return
-        except PermissionError:
-            if os.name != "nt" or not left:
-                raise
-            time.sleep(1 / tries)
 
 
 def save(obj, path):
@@ -633,24 +620,25 @@ def plot_metrics(history, dataset, path):
 
 
 def plot_grid(images, captions, title, path, right=None):
-    """Draw images in rows of eight, each with its caption, as one picture: 64 axes take a second.
+    """Draw images in rows, each with its caption, as one picture: 64 axes take a second.
 
     Args:
-        images: uint8, N x H x W, N > 0.
+        images: uint8, N x H x W, N > 0; eight squares go into a row, or four pairs (W > 2 H).
         captions: N strings of one or two lines.
         right: N bools; captions and frames are green where True, red where False.
     """
     count, height, width = images.shape
-    columns = min(8, count)
+    squares = width // height  # in an image
+    columns = min(8 // squares, count)
     rows = -(-count // columns)
-    step_y, step_x = height + 12, width + 4  # pixels; below an image are two lines of text
+    step_y, step_x = height * 10 // 7, width * 8 // 7  # below an image are two lines of text
     canvas = np.full((rows * step_y, columns * step_x, 3), 255, dtype=np.uint8)
-    inch = 1.6 / step_x
+    inch = 1.6 * squares / step_x
     size = max(inch * canvas.shape[1], 4.8), inch * canvas.shape[0] + 0.7
     figure = Figure(figsize=size)
     ax = figure.add_axes((0, 0, 1, 1 - 0.7 / size[1]))
     for i, (image, caption) in enumerate(zip(images.numpy(), captions)):
-        y, x = i // columns * step_y + 1, i % columns * step_x + 2
+        y, x = i // columns * step_y + 1, i % columns * step_x + (step_x - width) // 2
         colour = GREY if right is None else GREEN if right[i] else RED
         frame = [round(255 * part) for part in to_rgb(colour)]
         canvas[y - 1 : y + height + 1, x - 1 : x + width + 1] = frame
@@ -659,7 +647,7 @@ def plot_grid(images, captions, title, path, right=None):
         ax.text(**place, s=caption, color=colour, fontsize=9.5, parse_math=False)
     ax.imshow(canvas)
     ax.axis("off")
-    figure.suptitle(title, fontsize=16 if columns == 8 else 11, y=1 - 0.2 / size[1])
+    figure.suptitle(title, fontsize=16 if count >= 8 else 11, y=1 - 0.2 / size[1])
     save_figure(figure, path)
 
 

@@ -110,7 +110,7 @@ def test_drawn_digits_are_recognised(page, digit):
 
 def test_drawing_is_fitted_as_own_pictures_are(page, tmp_path):
     choose(page, "MNIST")
-    draw(page, STROKES[5], 100, 20, 10)
+    draw(page, [*STROKES[5], [(-1, -1), (-0.99, -1)]], 100, 20, 10)  # and a dot, which is left out
     drawn, seen = page.execute_script(
         "const d = pencil.getImageData(0, 0, 280, 280).data;"
         "return [Array.from({length: 78400}, (_, i) => d[4 * i + 3]), Array.from(state.image)]"
@@ -119,6 +119,7 @@ def test_drawing_is_fitted_as_own_pictures_are(page, tmp_path):
     judge.Image.fromarray(picture.numpy()).save(tmp_path / "five.png")
     expected = judge.load_picture(tmp_path / "five.png", "MNIST").float()
     assert (torch.tensor(seen).view(28, 28) - expected).abs().mean() < 3
+    assert (expected > 60).any(dim=1).sum() == 20  # the digit alone fills the box
 
 
 def test_samples_keys_and_pointing(page):

@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from photos import KINDS, recognised
 from PIL import Image
 
 import utils
@@ -104,7 +105,7 @@ def test_pictures_that_cannot_be_used_are_refused_in_one_line(tmp_path):
     frames = [Image.new("L", (20, 20), shade) for shade in (0, 255)]
     frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
     messages |= {"missing.png": "does not exist", "large.png": "is too large: 12000x12000 pixels"}
-    messages |= dict.fromkeys(["dot.png", "plain.png"], "of one colour")
+    messages |= dict.fromkeys(["dot.png", "plain.png"], "shows nothing that stands out")
     messages |= {"film.gif": "is animated", "code.eps": "cannot identify image file"}
     for name, message in messages.items():
         with pytest.raises(utils.Error, match=f"{name}.* {message}") as caught:
@@ -129,3 +130,31 @@ def test_images_of_mnist_come_through_almost_unchanged(real_data, seen):
     for image in images[:50]:
         again = seen(Image.fromarray(255 - image.numpy()))
         assert (again.float() - image.float()).abs().mean() < 2
+
+
+def test_photographed_digits_are_recognised(real_data, tmp_path):
+    data = utils.load_images("MNIST", real_data, "test")
+    right = {kind: recognised(kind, 10, *data, tmp_path).tolist() for kind in KINDS}
+    assert min(map(sum, right.values())) >= 9, right
+    assert sum(map(sum, right.values())) >= 0.97 * 10 * len(KINDS)
+
+
+def test_digit_cropped_to_its_edges_is_seen_as_without(seen, seven):
+    rows, columns = (np.array(draw_seven()) < 128).nonzero()
+    box = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+    expect_same(seen(draw_seven().crop(box)), seven)
+
+
+@pytest.mark.parametrize("dataset", ["MNIST", "FashionMNIST"])
+def test_light_from_one_side_does_not_matter(seen, dataset):
+    picture = np.array(draw_seven(ink=40, paper=230), dtype=float)
+    light = np.linspace(1, 0.45, picture.shape[1])
+    even, uneven = (Image.fromarray(p.astype(np.uint8)) for p in (picture, picture * light))
+    one, other = seen(even, dataset=dataset), seen(uneven, dataset=dataset)
+    assert (one.float() - other.float()).abs().mean() < (4 if dataset == "MNIST" else 12)
+
+
+def test_blank_grainy_paper_is_refused(seen):
+    grain = np.random.default_rng(0).normal(210, 4, (500, 400)).astype(np.uint8)
+    with pytest.raises(utils.Error, match=r"shows nothing that stands out from its background"):
+        seen(Image.fromarray(grain), "paper.jpg")

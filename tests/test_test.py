@@ -68,9 +68,9 @@ def test_report_agrees_with_a_count_from_scratch(options, glyphs_run, glyphs_dir
         assert others[int(re.search(row, text)[1])] == others.max()
     share, hits = re.search(r"Accuracy on 64 random test images: (.*)% \((\d+)/64\)", text).groups()
     assert float(share) == pytest.approx(100 * int(hits) / 64, abs=0.05)
-    for name in ("predict.png", "confusion.png", "mistakes.png"):
+    for name in ("predict.png", "confusion.png", "mistakes.png", "features.png"):
         with Image.open(tmp_path / "images" / "Glyphs" / name) as picture:
-            assert min(picture.size) >= 700
+            assert min(picture.size) >= 650
             assert len(picture.convert("RGB").resize((100, 100)).getcolors(10_000)) > 20
 
 
@@ -157,10 +157,14 @@ def test_own_pictures_are_classified(options, tmp_path, glyphs_dir, capsys):
 
 def test_all_of_many_pictures_are_printed_and_64_drawn(options, grids, monkeypatch, capsys):
     monkeypatch.setattr(judge, "load_picture", lambda file, _: torch.full([28, 28], int(file.stem)))
+    monkeypatch.setattr(
+        judge, "read_grey", lambda file: torch.full([64, 128], 255 - int(file.stem))
+    )
     assert judge.main([*options, "--image", *(f"{i}.png" for i in range(70))]) == 0
     out = capsys.readouterr().out
     assert re.findall(r"^(\d+).png: ", out, re.MULTILINE) == [str(i) for i in range(70)]
     assert out.endswith("own.png, the first 64\n")
     [(images, captions, *_)] = grids
-    assert images[:, 14, 14].tolist() == list(range(64))
+    assert images[:, 64, 64].tolist() == list(range(255, 191, -1))  # the pictures themselves
+    assert images[:, 64, 200].tolist() == list(range(64))  # and what is seen of them
     assert captions[63].startswith("63.png\n")
