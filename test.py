@@ -83,8 +83,7 @@ def main(argv=None):
 def report_test_set(args, checkpoint, model, images, labels, logits):
     """Print loss and accuracy, in all, per class and on 64 images, and draw the pictures."""
     dataset, classes = checkpoint["dataset"], checkpoint["classes"]
-    folder = args.image_dir / dataset
-    confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    predicted = logits.argmax(dim=1)
     right = predicted == labels
     correct, total = right.sum().item(), len(labels)
     low, high = wilson_interval(correct, total)
@@ -102,40 +101,14 @@ def report_test_set(args, checkpoint, model, images, labels, logits):
         other = f"{classes[row.argmax()]} ({row.max()})" if row.any() else "-"
         print(f"{classes[label]:<13}{f'{hits / max(count, 1):.1%} ({hits}/{count})':>18}   {other}")
 
-    def captions(indices, percent=False):
-        for i in indices.tolist():
-            share = f" ({confidence[i]:.1%})" if percent else ""
-            if right[i]:
-                yield f"\N{CHECK MARK} {classes[predicted[i]]}{share}"
-            else:
-                yield f"\N{BALLOT X} {classes[predicted[i]]}{share}\nis {classes[labels[i]]}"
-
-    generator = torch.Generator().manual_seed(args.seed)
-    sample = torch.randperm(total, generator=generator)[:64]
+    sample = torch.randperm(total, generator=torch.Generator().manual_seed(args.seed))[:64]
     hits = right[sample].sum().item()
-    result = f"Accuracy on {len(sample)} random test images: {hits / len(sample):.1%}"
-    print(f"\n{result} ({hits}/{len(sample)})")
-    title = f"LeNet-5 on {dataset}: {len(sample)} random test images, {hits} of them right"
-    path = folder / "predict.png"
-    utils.plot_grid(images[sample], captions(sample), title, path, right[sample])
-
+    print(f"\nAccuracy on 64 random test images: {hits / 64:.1%} ({hits}/64)")
+    folder = args.image_dir / dataset
+    names = draw_test_set(checkpoint, images, labels, logits, sample, folder)
     utils.plot_confusion(confusion, classes, accuracy, folder / "confusion.png")
-
-    wrong = (~right).nonzero().squeeze(1)
-    worst = wrong[confidence[wrong].argsort(descending=True)][:64]
-    which = f"all {len(wrong)}" if len(wrong) <= 64 else f"64 of {len(wrong)}"
-    title = f"LeNet-5 on {dataset}: {which} wrong test images, the surest first"
-    path = folder / "mistakes.png"
-    if len(worst):
-        utils.plot_grid(images[worst], captions(worst, True), title, path, right[worst])
-    first = sample[0].item()
-    title = f"LeNet-5 on {dataset}: test image {first}, of class {classes[labels[first]]}"
-    title += ", on its way through the layers"
-    plot_features(model, images[first], checkpoint, title, folder / "features.png")
-    print(
-        "Pictures: predict.png, confusion.png, mistakes.png and features.png in "
-        f"{utils.relative(folder)}"
-    )
+    plot_features(model, images, labels, sample[0].item(), checkpoint, folder / "features.png")
+    print(f"Pictures: {names}confusion.png and features.png in {utils.relative(folder)}")
     about = f"{correct} of {total:,} test images right"
     page = write_page(checkpoint, about, images, labels, folder / "lenet5.html")
     print(
@@ -143,14 +116,40 @@ def report_test_set(args, checkpoint, model, images, labels, logits):
     )
 
 
-def plot_features(model, image, checkpoint, title, path):
-    """Draw the output of each layer for `image` (uint8, 28 x 28), and the kernels of C1."""
-    outputs = []
+def draw_test_set(checkpoint, images, labels, logits, sample, folder):
+    """Draw the images with the indices `sample`, and the mistakes; return the pictures' names."""
+    dataset, classes = checkpoint["dataset"], checkpoint["classes"]
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    right = predicted == labels
+
+    def draw(indices, title, name, percent=False):
+        captions = []
+        for i in indices.tolist():
+            mark = "\N{CHECK MARK}" if right[i] else "\N{BALLOT X}"
+            share = f" ({confidence[i]:.1%})" if percent else ""
+            truth = "" if right[i] else f"\nis {classes[labels[i]]}"
+            captions.append(f"{mark} {classes[predicted[i]]}{share}{truth}")
+        title = f"LeNet-5 on {dataset}: {title}"
+        utils.plot_grid(images[indices], captions, title, folder / name, right[indices])
+
+    draw(sample, f"64 random test images, {right[sample].sum()} of them right", "predict.png")
+    wrong = (~right).nonzero().squeeze(1)
+    if not len(wrong):
+        return "predict.png, "
+    worst = wrong[confidence[wrong].argsort(descending=True)][:64]
+    which = f"all {len(wrong)}" if len(wrong) <= 64 else f"64 of {len(wrong)}"
+    draw(worst, f"{which} wrong test images, the surest first", "mistakes.png", percent=True)
+    return "predict.png, mistakes.png, "
+
+
+def plot_features(model, images, labels, i, checkpoint, path):
+    """Draw the output of each layer for test image `i`, and the kernels of C1."""
+    outputs, classes = [], checkpoint["classes"]
     hooks = [
         layer.register_forward_hook(lambda *call: outputs.append(call[2][0].cpu()))
         for layer in (model.sig, model.s2, model.s4)
     ]
-    x = image[None].to(model.f7.weight.device)
+    x = images[i : i + 1].to(model.f7.weight.device)
     shares = utils.predict(model, x, checkpoint["mean"], checkpoint["std"]).softmax(dim=1)[0].cpu()
     for hook in hooks:
         hook.remove()
@@ -159,7 +158,7 @@ def plot_features(model, image, checkpoint, title, path):
     figure = Figure(figsize=(13, 6.8), layout="constrained")
     axes = figure.subplots(1, 9, width_ratios=(2.8, 1.3, 1.3, 1.3, 2, 2, 1.6, 1.2, 3))
     for ax, name, maps, columns in (
-        (axes[0], "Input\n32x32", F.pad(image, [2] * 4)[None] / 255, 1),
+        (axes[0], "Input\n32x32", F.pad(images[i : i + 1], [2] * 4) / 255, 1),
         (axes[1], "6 kernels\n5x5", (kernels / kernels.abs().max() + 1) / 2, 1),
         (axes[2], "C1: 6 maps\n28x28", c1, 1),
         (axes[3], "S2: means\n14x14", s2, 1),
@@ -174,9 +173,10 @@ def plot_features(model, image, checkpoint, title, path):
         ax.imshow(tiles.numpy(), cmap="RdBu_r" if ax is axes[1] else "gray", vmin=0, vmax=1)
         ax.set_title(name, fontsize=11)
         ax.axis("off")
-    axes[8].barh(checkpoint["classes"], (100 * shares).tolist(), color=utils.BLUE)
+    axes[8].barh(classes, (100 * shares).tolist(), color=utils.BLUE)
     axes[8].set(title="Output: softmax of\n10 units (%)", xlim=(0, 100), ylim=(9.5, -0.5))
-    figure.suptitle(title, fontsize=14)
+    title = f"test image {i}, of class {classes[labels[i]]}, on its way through the layers"
+    figure.suptitle(f"LeNet-5 on {checkpoint['dataset']}: {title}", fontsize=14)
     figure.supxlabel(
         "Black: 0, white: 1. Kernels: red weights are above 0, blue ones below", size=11
     )

@@ -23,7 +23,7 @@ except ImportError:  # Windows
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
 TINY = ["--dataset=Glyphs", "--limit=300", "--epochs=3"]
 LEFT_BEHIND = {"best.pt", "last.pt", "metrics.png", "metrics.csv"}
-LEFT_BEHIND |= {"predict.png", "confusion.png", "mistakes.png", "lenet5.html"}
+LEFT_BEHIND |= {"predict.png", "confusion.png", "mistakes.png", "features.png", "lenet5.html"}
 # A proxy that refuses connections cuts the scripts off on every machine.
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9") | {"no_proxy": ""}
 OFFLINE |= {"PYTHONUNBUFFERED": "", "PYTHONDONTWRITEBYTECODE": "1"}

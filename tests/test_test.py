@@ -88,6 +88,15 @@ def test_captions_of_the_64_are_right(options, grids):
     assert shares == sorted(shares, reverse=True)
 
 
+def test_no_mistakes_are_drawn_where_there_are_none(glyphs_run, grids, tmp_path):
+    images, labels = torch.zeros(64, 28, 28, dtype=torch.uint8), torch.arange(64) % 10
+    logits = torch.eye(10)[labels]
+    checkpoint = load(glyphs_run, "best.pt")
+    names = judge.draw_test_set(checkpoint, images, labels, logits, torch.arange(64), tmp_path)
+    assert names == "predict.png, "
+    assert len(grids) == 1
+
+
 def test_seed_chooses_the_64(options, grids):
     for seed in (0, 0, 1):
         judge.main([*options, f"--seed={seed}"])
