@@ -339,7 +339,7 @@ def find_digit(grey):
     thickness = 0
     while core.any():
         core, thickness = -dilate(-core, 3), thickness + 2
-    digit = main_parts(opening(digit, thickness // 4 | 1))  # without rulings that cross it
+    digit = opening(digit, thickness // 4 | 1)  # without rulings that cross it
     level = x[x <= threshold].median()
     grain = 4 * (x[x <= threshold] - level).abs().median()
     x = x - level - grain

@@ -44,7 +44,7 @@ LABELS = {
     "xavier": "xavier: + initialisation",
     "muon": "muon: + Muon",
     "default": "default: + mirror images",
-    "long": "long: + shifts, smooth labels, 150 epochs",
+    "long": "long: + shifts, smooth labels, 60 epochs",
 }
 
 
