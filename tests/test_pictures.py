@@ -133,10 +133,11 @@ def test_images_of_mnist_come_through_almost_unchanged(real_data, seen):
 
 
 def test_photographed_digits_are_recognised(real_data, tmp_path):
+    """Few of each kind, as it takes time; `python tests/photos.py` makes more."""
     data = utils.load_images("MNIST", real_data, "test")
-    right = {kind: recognised(kind, 10, *data, tmp_path).tolist() for kind in KINDS}
-    assert min(map(sum, right.values())) >= 9, right
-    assert sum(map(sum, right.values())) >= 0.97 * 10 * len(KINDS)
+    right = {kind: recognised(kind, 5, *data, tmp_path).sum().item() for kind in KINDS}
+    assert min(right.values()) >= 4, right
+    assert sum(right.values()) >= 0.97 * 5 * len(KINDS), right
 
 
 def test_digit_cropped_to_its_edges_is_seen_as_without(seen, seven):
