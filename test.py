@@ -405,11 +405,11 @@ def read_grey(path):
         raise utils.Error(f"{shown} is no picture that can be read: {error}") from error
 
     if picture.mode == "F":
-        grey = torch.from_numpy(np.array(picture))
+        grey = torch.from_numpy(np.array(picture, dtype=float))
         if not grey.isfinite().all():
             raise utils.Error(f"{shown} has pixels that are no numbers: save it anew")
         low, high = grey.min(), grey.max()
-        return 255 * (grey - low) / (high - low) if high > low else torch.zeros_like(grey)
+        return (255 * (grey - low) / (high - low).clamp(min=1e-30)).float()
     grey = torch.from_numpy(np.array(picture.convert("RGB").convert("L"))).float()
     alpha = torch.from_numpy(np.array(picture.getchannel("A"))) / 255
     # What is transparent becomes white behind a dark object and black behind a bright one.

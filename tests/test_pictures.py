@@ -140,6 +140,11 @@ def test_photographed_digits_are_recognised(real_data, tmp_path):
     assert sum(right.values()) >= 0.97 * 5 * len(KINDS), right
 
 
+def test_the_widest_range_of_levels_works(seen, seven):
+    pixels = np.where(np.array(draw_seven()) < 128, -3e38, 3e38).astype(np.float32)
+    expect_same(seen(Image.fromarray(pixels), "float.tiff"), seven)
+
+
 def test_digit_cropped_to_its_edges_is_seen_as_without(seen, seven):
     rows, columns = (np.array(draw_seven()) < 128).nonzero()
     box = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
