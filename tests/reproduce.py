@@ -32,7 +32,7 @@ import utils  # noqa: E402
 RESULTS = ROOT / "images" / "results.csv"
 KEYS = ("dataset", "recipe", "full", "epochs", "seed")  # what a run is told by
 COLUMNS = (*KEYS, "best_epoch", "val_accuracy", "test_accuracy", "torch", "processor")
-STEPS = {  # of the ablation: the rate and the decay that were best for each
+STEPS = {  # of the ablation: the rate and the decay that were best for each, in batches of 128
     "sgd": ["--lr=0.9", "--weight-decay=0"],
     "adamw": ["--lr=0.01", "--weight-decay=0.03"],
     "xavier": ["--lr=0.02", "--weight-decay=0.03"],
