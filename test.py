@@ -105,10 +105,10 @@ def report_test_set(args, checkpoint, model, images, labels, logits):
     hits = right[sample].sum().item()
     print(f"\nAccuracy on 64 random test images: {hits / 64:.1%} ({hits}/64)")
     folder = args.image_dir / dataset
-    names = draw_test_set(checkpoint, images, labels, logits, sample, folder)
+    draw_test_set(checkpoint, images, labels, logits, sample, folder)
     utils.plot_confusion(confusion, classes, accuracy, folder / "confusion.png")
     plot_features(model, images, labels, sample[0].item(), checkpoint, folder / "features.png")
-    print(f"Pictures: {names}confusion.png and features.png in {utils.relative(folder)}")
+    print(f"Pictures: {utils.relative(folder)}")
     about = f"{correct} of {total:,} test images right"
     page = write_page(checkpoint, about, images, labels, folder / "lenet5.html")
     print(
@@ -117,7 +117,7 @@ def report_test_set(args, checkpoint, model, images, labels, logits):
 
 
 def draw_test_set(checkpoint, images, labels, logits, sample, folder):
-    """Draw the images with the indices `sample`, and the mistakes; return the pictures' names."""
+    """Draw the images with the indices `sample`, and the surest mistakes if there are any."""
     dataset, classes = checkpoint["dataset"], checkpoint["classes"]
     confidence, predicted = logits.softmax(dim=1).max(dim=1)
     right = predicted == labels
@@ -134,12 +134,10 @@ def draw_test_set(checkpoint, images, labels, logits, sample, folder):
 
     draw(sample, f"64 random test images, {right[sample].sum()} of them right", "predict.png")
     wrong = (~right).nonzero().squeeze(1)
-    if not len(wrong):
-        return "predict.png, "
     worst = wrong[confidence[wrong].argsort(descending=True)][:64]
     which = f"all {len(wrong)}" if len(wrong) <= 64 else f"64 of {len(wrong)}"
-    draw(worst, f"{which} wrong test images, the surest first", "mistakes.png", percent=True)
-    return "predict.png, mistakes.png, "
+    if len(worst):
+        draw(worst, f"{which} wrong test images, the surest first", "mistakes.png", percent=True)
 
 
 def plot_features(model, images, labels, i, checkpoint, path):
@@ -328,7 +326,7 @@ def find_digit(grey):
     Uneven light, shadows, the table beside the paper, rulings and grain are left out.
     """
     x = dark_on_bright(grey)
-    paper = -opening(-x, min(101, max(x.shape) | 1))  # without strokes, which are narrower
+    paper = -opening(-x, min(101, max(x.shape) | 1))  # strokes, narrower, are filled in
     x = (paper - x) / paper.clamp(min=1)
     threshold = x.max() / 2
     if threshold == 0:
@@ -340,7 +338,7 @@ def find_digit(grey):
     while core.any():
         core, thickness = -dilate(-core, 3), thickness + 2
     digit = opening(digit, thickness // 4 | 1)  # without rulings that cross it
-    level = x[x <= threshold].median()
+    level = x[x <= threshold].median()  # of the paper, beyond which its grain goes by so much:
     grain = 4 * (x[x <= threshold] - level).abs().median()
     x = x - level - grain
     ink = x[digit > 0].quantile(0.75)
@@ -362,13 +360,14 @@ def opening(x, size):
 def main_parts(mask):
     """Return those connected parts of a mask (float, 0 or 1, H x W) that may belong to a digit.
 
-    Out are parts that cover most of a side, if there are others, and those that have less than a
-    tenth of the largest one's area.
+    Out are parts that cover most of a side, if the others are no mere specks, and those that have
+    less than a tenth of the largest one's area.
     """
     part, before = torch.arange(1.0, mask.numel() + 1).view(mask.shape) * mask, mask
+    # Each pixel takes the largest number nearby, then that pixel's own: parts fill in few rounds.
     while not part.equal(before):
         before = part
-        part = dilate(part, 3) * mask  # the largest number nearby, and what its pixel has by now
+        part = dilate(part, 3) * mask
         part = F.pad(part.flatten(), (1, 0))[part.long()]
     part = part.long()
     area = part.flatten().bincount(minlength=mask.numel() + 1)
@@ -378,18 +377,16 @@ def main_parts(mask):
         most = side.mode().values
         if (side == most).float().mean() > 0.5:
             inside[most] = 0
-    area = inside if inside.any() else area
+    area = inside if inside.max() > area.max() / 100 else area
     return (area > area.max() / 10)[part].float()
 
 
 def read_grey(path):
     """Read a picture as grey levels (float, 0 to 255, H x W), the right way up, H and W <= 512."""
     shown = utils.relative(path)
+    warnings.filterwarnings("ignore", module="PIL")  # of sizes and EXIF: we have PIXEL_LIMIT
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we have PIXEL_LIMIT
-            picture = Image.open(path, formats=FORMATS)
-        with picture:
+        with Image.open(path, formats=FORMATS) as picture:
             if picture.width * picture.height > PIXEL_LIMIT:
                 raise utils.Error(f"{shown} is too large: {picture.width}x{picture.height} pixels")
             if getattr(picture, "is_animated", False) and picture.format != "MPO":
@@ -401,7 +398,9 @@ def read_grey(path):
             picture = ImageOps.exif_transpose(picture).convert("F" if deep else "RGBA")
     except FileNotFoundError:
         raise utils.Error(f"{shown} does not exist") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except utils.Error:
+        raise
+    except Exception as error:  # a damaged file can fail in any way
         raise utils.Error(f"{shown} is no picture that can be read: {error}") from error
 
     if picture.mode == "F":

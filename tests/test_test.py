@@ -92,8 +92,7 @@ def test_no_mistakes_are_drawn_where_there_are_none(glyphs_run, grids, tmp_path)
     images, labels = torch.zeros(64, 28, 28, dtype=torch.uint8), torch.arange(64) % 10
     logits = torch.eye(10)[labels]
     checkpoint = load(glyphs_run, "best.pt")
-    names = judge.draw_test_set(checkpoint, images, labels, logits, torch.arange(64), tmp_path)
-    assert names == "predict.png, "
+    judge.draw_test_set(checkpoint, images, labels, logits, torch.arange(64), tmp_path)
     assert len(grids) == 1
 
 
