@@ -153,7 +153,7 @@ def plot_features(model, images, labels, i, checkpoint, path):
         hook.remove()
     c1, s2, c3, s4, c5, f6 = outputs
     kernels = model.c1.weight.detach()[:, 0].cpu()
-    figure = Figure(figsize=(13, 6.8), layout="constrained")
+    figure = Figure(figsize=(13, 7.2), layout="constrained")
     axes = figure.subplots(1, 9, width_ratios=(2.8, 1.3, 1.3, 1.3, 2, 2, 1.6, 1.2, 3))
     for ax, name, maps, columns in (
         (axes[0], "Input\n32x32", F.pad(images[i : i + 1], [2] * 4) / 255, 1),

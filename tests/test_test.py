@@ -70,7 +70,7 @@ def test_report_agrees_with_a_count_from_scratch(options, glyphs_run, glyphs_dir
     assert float(share) == pytest.approx(100 * int(hits) / 64, abs=0.05)
     for name in ("predict.png", "confusion.png", "mistakes.png", "features.png"):
         with Image.open(tmp_path / "images" / "Glyphs" / name) as picture:
-            assert min(picture.size) >= 650
+            assert min(picture.size) >= 700
             assert len(picture.convert("RGB").resize((100, 100)).getcolors(10_000)) > 20
 
 
