@@ -66,8 +66,6 @@ def layer_table(model):
         if isinstance(module, nn.Sigmoid):
             rows[-1]["activation"] = "sigmoid"
             return
-        if isinstance(module, nn.Flatten):
-            return
         if isinstance(module, nn.Conv2d):
             kernel = "x".join(map(str, module.kernel_size))
             configuration = f"{module.out_channels} {kernel} kernels, stride {module.stride[0]}"
@@ -87,7 +85,8 @@ def layer_table(model):
             }
         )
 
-    hooks = [module.register_forward_hook(record) for module in model.children()]
+    layers = [module for module in model.children() if not isinstance(module, nn.Flatten)]
+    hooks = [layer.register_forward_hook(record) for layer in layers]
     with torch.no_grad():
         model(torch.zeros(1, 1, 32, 32))
     for hook in hooks:
@@ -98,16 +97,12 @@ def layer_table(model):
 
 def main():
     rows = layer_table(LeNet())
-    total = dict.fromkeys(rows[0], "") | {"layer": "Total"}
-    total["parameters"] = sum(row["parameters"] for row in rows)
-    header = {key: key for key in rows[0]}
-    for row in [header, *rows, total]:
-        parameters = row["parameters"]
-        number = f"{parameters:,}" if isinstance(parameters, int) else parameters
-        print(
-            f"{row['layer']:<8}{row['type']:<11}{row['configuration']:<27}{row['input']:<10}"
-            f"{row['output']:<10}{row['activation']:<26}{number:>10}"
-        )
+    texts = "{:<8}{:<11}{:<27}{:<10}{:<10}{:<26}"
+    print((texts + "{:>10}").format(*rows[0]))
+    for row in rows:
+        print((texts + "{:>10,}").format(*row.values()))
+    total = sum(row["parameters"] for row in rows)
+    print((texts + "{:>10,}").format("Total", *[""] * 5, total))
 
 
 if __name__ == "__main__":
