@@ -14,7 +14,6 @@ import shlex
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import zipfile
 from http.client import HTTPException
@@ -77,8 +76,7 @@ class Parser(argparse.ArgumentParser):
         for name, (default, text) in FOLDERS.items():
             text += f" (default: {default.name}, beside the script)"
             add(f"--{name}-dir", type=folder, default=default, help=text)
-        text = "auto: a CUDA GPU if there is one, else the CPU (default: auto)"
-        add("--device", choices=devices, default="auto", help=text)
+        add("--device", choices=devices, default="auto", help="auto: CUDA or CPU (default: auto)")
 
     def error(self, message):
         raise Error(f"{message} (see python {self.prog} --help)")
@@ -146,7 +144,7 @@ def command(script, args, *options):
             line += [f"--{name}-dir", relative(path)]
     if args.device != "auto":
         line += ["--device", args.device]
-    return (subprocess.list2cmdline if os.name == "nt" else shlex.join)(map(str, line))
+    return shlex.join(map(str, line))
 
 
 def choose_device(name):
@@ -173,7 +171,7 @@ SECOND_SOURCES = {  # where torchvision knows of one alone
     "FashionMNIST": ["https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"]
 }
 TIMEOUT = 8  # seconds that a server may be silent
-CACHE_VERSION = 1  # raise it whenever a change makes other images, so that no old cache is used
+CACHE_VERSION = 2  # raise it whenever a change makes other images, so that no old cache is used
 
 
 def load_images(dataset, data_dir, split):
@@ -279,8 +277,7 @@ def fetch(mirrors, folder, missing):
     name = missing[0][0]
     problem = f"{name} is {'damaged' if (folder / name).exists() else 'missing'}"
     print(f"{problem} in {relative(folder)}", file=sys.stderr)
-    reasons = []
-    timeout = socket.getdefaulttimeout()
+    reasons, timeout = [], socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)  # torchvision sets none
     try:
         for mirror in mirrors:
@@ -387,19 +384,18 @@ def write_file(path, data):
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
     except OSError as error:
         raise Error(
             f"cannot write {relative(path)}: {error.strerror} (what was there before is untouched)"
         ) from error
+    finally:
+        with contextlib.suppress(OSError):  # it is gone if all went well
+            temporary.unlink()
 
 
 def save(obj, path):
@@ -428,13 +424,12 @@ def load(path):
         # torch.save writes a zip archive, but torch.load does not verify its CRC-32 sums.
         with zipfile.ZipFile(buffer) as archive:
             size = sum(record.file_size for record in archive.infolist())
-            intact = size <= SIZE_LIMIT and archive.testzip() is None
-        if intact:
-            buffer.seek(0)
-            return torch.load(buffer, map_location="cpu", weights_only=True)
+            if size > SIZE_LIMIT or archive.testzip():
+                raise zipfile.BadZipFile
+        buffer.seek(0)
+        return torch.load(buffer, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail in any way, a hostile one in even more
         raise Error(f"{shown} is damaged, or no file of this project") from error
-    raise Error(f"{shown} is damaged: its contents do not match its size or checksum")
 
 
 def load_checkpoint(path):
@@ -445,13 +440,12 @@ def load_checkpoint(path):
     """
     checkpoint, shown = load(path), relative(path)
     try:
-        newer = checkpoint["format"] > FORMAT
-        if not newer and not is_ours(checkpoint):
+        if checkpoint["format"] > FORMAT:
+            raise Error(f"{shown} is of a newer version: update the project")
+        if not is_ours(checkpoint):
             raise ValueError("a value that train.py cannot have written")
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise Error(f"{shown} is not a checkpoint of train.py ({error})") from error
-    if newer:
-        raise Error(f"{shown} is of a newer version: update the project")
     return checkpoint
 
 
@@ -563,8 +557,7 @@ def claim(*folders):
                 stack.callback(os.close, descriptor)
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                message = f"another run is at work in {folder}: wait for its end, or choose another"
-                raise Error(message) from None
+                raise Error(f"another run is at work in {folder}: wait, or name another") from None
             except OSError:  # of a file system without locks
                 pass
         yield
@@ -700,7 +693,6 @@ def draw_glyphs(split):
     """
     count, seed = GLYPHS[split]
     outlines = draw_outlines(FONTS[split])
-    fonts, weights = outlines.shape[:2]
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, *shape):
@@ -710,19 +702,12 @@ def draw_glyphs(split):
     images = []
     for digit in labels.split(5000):
         n = len(digit)
-        font = torch.randint(fonts, (n,), generator=generator)
-        weight = torch.randint(weights, (n,), generator=generator)
-        x = outlines[font, weight, digit].unsqueeze(1)
-
-        angle = uniform(-25, 25, n).deg2rad()
-        scale_x, scale_y = uniform(0.7, 1.1, 2, n)
-        shear = uniform(-0.3, 0.3, n)
-        cos, sin = angle.cos(), angle.sin()
-        row_x = torch.stack([cos / scale_x, (cos * shear - sin) / scale_x], dim=1)
-        row_y = torch.stack([sin / scale_y, (sin * shear + cos) / scale_y], dim=1)
-        shift = uniform(-3, 3, n, 2, 1) * 2 / 28  # up to 3 pixels, in the grid's units
-        theta = torch.cat([torch.stack([row_x, row_y], dim=1), shift], dim=2)
-        grid = F.affine_grid(theta, (n, 1, 28, 28), align_corners=False)
+        style = torch.randint(len(outlines), (n,), generator=generator)
+        x = outlines[style, digit].unsqueeze(1)
+        # Turned, slanted and scaled by a random matrix, and moved by up to 3 pixels of 28.
+        warp = 1.2 * torch.eye(2) + uniform(-0.3, 0.3, n, 2, 2)
+        shift = uniform(-3, 3, n, 2, 1) * 2 / 28  # in units of half an image
+        grid = F.affine_grid(torch.cat([warp, shift], dim=2), (n, 1, 28, 28), align_corners=False)
         x = F.grid_sample(x, grid, align_corners=False)
 
         x = torch.lerp(x, F.avg_pool2d(x, 3, stride=1, padding=1), uniform(0, 1, n, 1, 1, 1))
@@ -736,19 +721,17 @@ def draw_outlines(fonts):
     """Draw the ten digits in each font and four stroke weights.
 
     Returns:
-        float, 0 to 1, fonts x 4 x 10 x 64 x 64.
+        float, 0 to 1, styles x 10 x 64 x 64.
     """
-    directory = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    outlines = torch.empty(len(fonts), 4, 10, 64, 64)
-    for i, name in enumerate(fonts):
+    directory, outlines = Path(matplotlib.get_data_path()) / "fonts" / "ttf", []
+    for name in fonts:
         layout = ImageFont.Layout.BASIC  # the one that every build of Pillow has
         font = ImageFont.truetype(directory / f"{name}.ttf", 60, layout_engine=layout)
         for weight in range(4):
-            for digit in range(10):
+            for digit in DIGITS:
                 image = Image.new("L", (64, 64))
-                ImageDraw.Draw(image).text(
-                    (32, 32), str(digit), 255, font, anchor="mm", stroke_width=weight
-                )
-                outlines[i, weight, digit] = torch.from_numpy(np.array(image)) / 255
+                draw = ImageDraw.Draw(image)
+                draw.text((32, 32), digit, 255, font, anchor="mm", stroke_width=weight)
+                outlines.append(torch.from_numpy(np.array(image)) / 255)
     # Smoothed, so that sampling every other pixel or so leaves no jagged edges.
-    return F.avg_pool2d(outlines.flatten(0, 2), 3, stride=1, padding=1).view_as(outlines)
+    return F.avg_pool2d(torch.stack(outlines), 3, stride=1, padding=1).view(-1, 10, 64, 64)
