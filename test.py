@@ -30,10 +30,9 @@ def parse_args(argv):
         "Judge a trained LeNet-5 on the full test set, or on your own pictures.",
         dataset="whose newest weights to take; auto: the newest of all, or else the shipped ones",
     )
-    add, text = parser.add_argument, "for the choice of 64 random images (default: 0)"
+    add, text = parser.add_argument, "classify these pictures instead of the test set"
     add("--checkpoint", type=utils.path, help="take the weights in this file instead")
-    add("--seed", type=utils.number(int, 0), default=0, help=text)
-    text = "classify these pictures instead of the test set"
+    add("--seed", type=utils.number(int, 0), default=0, help="of the 64 images (default: 0)")
     add("--image", type=utils.path, nargs="+", action="extend", help=text)
     return parser.parse_args(argv)
 
@@ -107,13 +106,13 @@ def report_test_set(args, checkpoint, model, images, labels, logits):
     folder = args.image_dir / dataset
     draw_test_set(checkpoint, images, labels, logits, sample, folder)
     utils.plot_confusion(confusion, classes, accuracy, folder / "confusion.png")
-    plot_features(model, images, labels, sample[0].item(), checkpoint, folder / "features.png")
+    plot_features(
+        model.cpu(), images, labels, sample[0].item(), checkpoint, folder / "features.png"
+    )
     print(f"Pictures: {utils.relative(folder)}")
     about = f"{correct} of {total:,} test images right"
     page = write_page(checkpoint, about, images, labels, folder / "lenet5.html")
-    print(
-        f"Page:     {utils.relative(page)}, to draw on and to see every layer: open it in a browser"
-    )
+    print(f"Page:     {utils.relative(page)}: open it in a browser, draw, and see every layer")
 
 
 def draw_test_set(checkpoint, images, labels, logits, sample, folder):
@@ -144,19 +143,19 @@ def plot_features(model, images, labels, i, checkpoint, path):
     """Draw the output of each layer for test image `i`, and the kernels of C1."""
     outputs, classes = [], checkpoint["classes"]
     hooks = [
-        layer.register_forward_hook(lambda *call: outputs.append(call[2][0].cpu()))
+        layer.register_forward_hook(lambda *call: outputs.append(call[2][0]))
         for layer in (model.sig, model.s2, model.s4)
     ]
-    x = images[i : i + 1].to(model.f7.weight.device)
-    shares = utils.predict(model, x, checkpoint["mean"], checkpoint["std"]).softmax(dim=1)[0].cpu()
+    image, mean, std = images[i : i + 1], checkpoint["mean"], checkpoint["std"]
+    shares = 100 * utils.predict(model, image, mean, std).softmax(dim=1)[0]
     for hook in hooks:
         hook.remove()
     c1, s2, c3, s4, c5, f6 = outputs
-    kernels = model.c1.weight.detach()[:, 0].cpu()
+    kernels = model.c1.weight.detach()[:, 0]
     figure = Figure(figsize=(13, 7.2), layout="constrained")
     axes = figure.subplots(1, 9, width_ratios=(2.8, 1.3, 1.3, 1.3, 2, 2, 1.6, 1.2, 3))
     for ax, name, maps, columns in (
-        (axes[0], "Input\n32x32", F.pad(images[i : i + 1], [2] * 4) / 255, 1),
+        (axes[0], "Input\n32x32", F.pad(image, [2] * 4) / 255, 1),
         (axes[1], "6 kernels\n5x5", (kernels / kernels.abs().max() + 1) / 2, 1),
         (axes[2], "C1: 6 maps\n28x28", c1, 1),
         (axes[3], "S2: means\n14x14", s2, 1),
@@ -171,13 +170,11 @@ def plot_features(model, images, labels, i, checkpoint, path):
         ax.imshow(tiles.numpy(), cmap="RdBu_r" if ax is axes[1] else "gray", vmin=0, vmax=1)
         ax.set_title(name, fontsize=11)
         ax.axis("off")
-    axes[8].barh(classes, (100 * shares).tolist(), color=utils.BLUE)
+    axes[8].barh(classes, shares.tolist(), color=utils.BLUE)
     axes[8].set(title="Output: softmax of\n10 units (%)", xlim=(0, 100), ylim=(9.5, -0.5))
-    title = f"test image {i}, of class {classes[labels[i]]}, on its way through the layers"
-    figure.suptitle(f"LeNet-5 on {checkpoint['dataset']}: {title}", fontsize=14)
-    figure.supxlabel(
-        "Black: 0, white: 1. Kernels: red weights are above 0, blue ones below", size=11
-    )
+    what = f"test image {i} of {checkpoint['dataset']}, of class {classes[labels[i]]},"
+    figure.suptitle(f"LeNet-5: {what} on its way through the layers", fontsize=14)
+    figure.supxlabel("Black: 0, white: 1. Kernels: red is above 0, blue is below 0", size=11)
     utils.save_figure(figure, path)
 
 
@@ -221,9 +218,8 @@ def report_pictures(args, checkpoint, images, logits):
         name = name if len(name) <= 28 else f"{name[:13]}…{name[-14:]}"
         captions.append(f"{name}\n{best[0]}")
     path = args.image_dir / "own.png"
-    title = f"What LeNet-5, trained on {dataset}, sees"
-    pairs = [beside(file, image) for file, image in zip(args.image[:64], images)]
-    utils.plot_grid(torch.stack(pairs), captions, title, path)
+    pairs = torch.stack([beside(file, image) for file, image in zip(args.image[:64], images)])
+    utils.plot_grid(pairs, captions, f"What LeNet-5, trained on {dataset}, sees", path)
     which = "" if len(images) <= 64 else ", the first 64"
     print(f"Picture: {utils.relative(path)}{which}")
 
@@ -369,9 +365,8 @@ def main_parts(mask):
         before = part
         part = dilate(part, 3) * mask
         part = F.pad(part.flatten(), (1, 0))[part.long()]
-    part = part.long()
-    area = part.flatten().bincount(minlength=mask.numel() + 1)
-    area[0] = 0
+    _, part, area = part.unique(return_inverse=True, return_counts=True)
+    area[0] = 0  # what is not in the mask
     inside = area.clone()
     for side in (part[0], part[-1], part[:, 0], part[:, -1]):
         most = side.mode().values
@@ -388,9 +383,9 @@ def read_grey(path):
     try:
         with Image.open(path, formats=FORMATS) as picture:
             if picture.width * picture.height > PIXEL_LIMIT:
-                raise utils.Error(f"{shown} is too large: {picture.width}x{picture.height} pixels")
+                raise ValueError(f"it is too large: {picture.width}x{picture.height} pixels")
             if getattr(picture, "is_animated", False) and picture.format != "MPO":
-                raise utils.Error(f"{shown} is animated: save the one picture that you mean")
+                raise ValueError("it is animated: save the one picture that you mean")
             deep = picture.mode.startswith(("I", "F"))  # 16 bits and more
             if picture.mode not in ("RGB", "RGBA", "L"):  # which are scaled first, to save memory
                 picture = picture.convert("F" if deep else "RGBA")
@@ -398,8 +393,6 @@ def read_grey(path):
             picture = ImageOps.exif_transpose(picture).convert("F" if deep else "RGBA")
     except FileNotFoundError:
         raise utils.Error(f"{shown} does not exist") from None
-    except utils.Error:
-        raise
     except Exception as error:  # a damaged file can fail in any way
         raise utils.Error(f"{shown} is no picture that can be read: {error}") from error
 

@@ -27,22 +27,24 @@ RECIPES = {  # shift: most pixels by which clothes are moved at random; digits a
     "long": dict(epochs=60, lr=0.05, weight_decay=0.01, shift=1, label_smoothing=0.05),
 }
 DEFAULTS = dict(recipe="default", batch_size=256, seed=0, limit=None, full=False)
-TYPES = {
-    "epochs": utils.number(int, 1),
-    "batch_size": utils.number(int, 1),
-    "lr": utils.number(float, 0, above=True),
-    "weight_decay": utils.number(float, 0),
-    "seed": utils.number(int, 0),
-    "limit": utils.number(int, 1),
+NUMBERS = {
+    "epochs": (utils.number(int, 1), "passes over the train split"),
+    "batch_size": (utils.number(int, 1), "images in a step"),
+    "lr": (utils.number(float, 0, above=True), "peak of the learning rate"),
+    "weight_decay": (utils.number(float, 0), "decoupled"),
+    "seed": (utils.number(int, 0), "of all random numbers"),
+    "limit": (utils.number(int, 1), "only the first LIMIT images of each split"),
 }
-OPTIONS = ("recipe", *TYPES, "full")  # what a run can be asked for; it is saved with the run
+OPTIONS = ("recipe", *NUMBERS, "full")  # what a run can be asked for; it is saved with the run
 
 
 def parse_args(argv):
     """Parse the command line; an option of the run that is not given is not in the result."""
 
-    def of_recipes(name):
-        return "default: " + ", ".join(f"{recipe[name]} ({key})" for key, recipe in RECIPES.items())
+    def default(name):
+        if name in DEFAULTS:
+            return "all" if DEFAULTS[name] is None else DEFAULTS[name]
+        return ", ".join(f"{recipe[name]} ({key})" for key, recipe in RECIPES.items())
 
     parser = utils.Parser(
         "Train LeNet-5 and keep the weights of the best epoch.",
@@ -52,17 +54,9 @@ def parse_args(argv):
     )
     add = parser.add_argument
     add("--recipe", choices=tuple(RECIPES), help="long: the best results (default: default)")
-    for name, text in (
-        ("epochs", f"passes over the train split ({of_recipes('epochs')})"),
-        ("batch_size", f"images in a step (default: {DEFAULTS['batch_size']})"),
-        ("lr", f"peak of the learning rate ({of_recipes('lr')})"),
-        ("weight_decay", f"decoupled ({of_recipes('weight_decay')})"),
-        ("seed", f"of all random numbers (default: {DEFAULTS['seed']})"),
-        ("limit", "only the first LIMIT images of each split (default: all)"),
-    ):
-        add(f"--{name.replace('_', '-')}", type=TYPES[name], help=text)
-    text = "train on the validation images too, and keep the last epoch"
-    add("--full", action="store_true", help=text)
+    for name, (kind, text) in NUMBERS.items():
+        add(f"--{name.replace('_', '-')}", type=kind, help=f"{text} (default: {default(name)})")
+    add("--full", action="store_true", help="fit the validation images too, keep the last epoch")
     add("--resume", action="store_true", default=False, help="go on with an interrupted run")
     return parser.parse_args(argv)
 
@@ -84,7 +78,7 @@ def add_options_of_the_run(args, checkpoint):
     if not isinstance(recipe, str) or recipe not in RECIPES:
         raise utils.Error(f"{last} has the recipe {recipe} of another version: start a new run")
     options = DEFAULTS | RECIPES[recipe] | saved
-    for name, kind in TYPES.items():
+    for name, (kind, _) in NUMBERS.items():
         try:
             if name != "limit" or options[name] is not None:
                 options[name] = kind(options[name])
@@ -212,7 +206,9 @@ def train(args, model, optimizers, train_set, val_set, mean, std, history):
 
         numbers = (total / count).tolist()
         if val_set:
-            numbers += evaluate(model, *val_set, mean, std)
+            images, labels = val_set
+            logits = utils.predict(model, images, mean, std)
+            numbers += (loss_and_right(logits, labels) / len(labels)).tolist()
         if not all(map(math.isfinite, numbers)):
             raise FloatingPointError
         row = dict(zip(utils.HISTORY, (epoch, rate * args.lr, *numbers)))
@@ -235,12 +231,6 @@ def train(args, model, optimizers, train_set, val_set, mean, std, history):
         save_best(checkpoint, args.run_dir)
         print_epoch(history, args, time.perf_counter() - start)
         write_metrics(history, args)
-
-
-def evaluate(model, images, labels, mean, std):
-    """Return mean loss and accuracy (0 to 1) of `model` on images (uint8, N x 28 x 28)."""
-    logits = utils.predict(model, images, mean, std)
-    return (loss_and_right(logits, labels) / len(labels)).tolist()
 
 
 def loss_and_right(logits, labels):
@@ -317,8 +307,7 @@ def print_result(history, args, val_count):
 
 def note_what_is_there(history, args):
     """Say it if a new run is going to overwrite another one, or if best.pt of this one is gone."""
-    best, last = args.run_dir / "best.pt", args.run_dir / "last.pt"
-    note = None
+    best, last, note = args.run_dir / "best.pt", args.run_dir / "last.pt", ""
     if not history and last.exists():
         note = f"the run in {utils.relative(args.run_dir)} is overwritten after the first epoch; "
         note += "to keep it, stop with Ctrl-C, and go on with --resume or another --checkpoint-dir"
