@@ -166,3 +166,17 @@ def test_blank_grainy_paper_is_refused(seen):
     grain = np.random.default_rng(0).normal(210, 4, (500, 400)).astype(np.uint8)
     with pytest.raises(utils.Error, match=r"shows nothing that stands out from its background"):
         seen(Image.fromarray(grain), "paper.jpg")
+
+
+def test_animation_cut_in_its_second_frame_is_refused(tmp_path):
+    frames = [draw_seven(40, ink=shade).convert("P") for shade in (0, 90)]
+    path = tmp_path / "film.gif"
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(utils.Error, match=r"film\.gif is no picture that can be read"):
+        judge.load_picture(path, "MNIST")
+
+
+@pytest.mark.filterwarnings("error")
+def test_damaged_exif_does_not_hide_the_picture(seen, seven):
+    expect_same(seen(draw_seven(), "photo.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x09\x01\x12"), seven)
