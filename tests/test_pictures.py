@@ -179,4 +179,5 @@ def test_animation_cut_in_its_second_frame_is_refused(tmp_path):
 
 @pytest.mark.filterwarnings("error")
 def test_damaged_exif_does_not_hide_the_picture(seen, seven):
-    expect_same(seen(draw_seven(), "photo.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x09\x01\x12"), seven)
+    cut = b"Exif\0\0MM\0*\0\0\0\x08\0\x09\x01\x12"
+    expect_same(seen(draw_seven(), "photo.jpg", exif=cut), seven)
