@@ -32,7 +32,7 @@ def parse_args(argv):
     )
     add, text = parser.add_argument, "classify these pictures instead of the test set"
     add("--checkpoint", type=utils.path, help="take the weights in this file instead")
-    add("--seed", type=utils.number(int, 0), default=0, help="of the 64 images (default: 0)")
+    add("--seed", type=utils.number(int, 0), default=0, help="of the 64 random images (default: 0)")
     add("--image", type=utils.path, nargs="+", action="extend", help=text)
     return parser.parse_args(argv)
 
@@ -106,12 +106,11 @@ def report_test_set(args, checkpoint, model, images, labels, logits):
     folder = args.image_dir / dataset
     draw_test_set(checkpoint, images, labels, logits, sample, folder)
     utils.plot_confusion(confusion, classes, accuracy, folder / "confusion.png")
-    plot_features(
-        model.cpu(), images, labels, sample[0].item(), checkpoint, folder / "features.png"
-    )
+    first, path = sample[0].item(), folder / "features.png"
+    plot_features(model.cpu(), images, labels, first, checkpoint, path)
     print(f"Pictures: {utils.relative(folder)}")
-    about = f"{correct} of {total:,} test images right"
-    page = write_page(checkpoint, about, images, labels, folder / "lenet5.html")
+    page = folder / "lenet5.html"
+    write_page(checkpoint, f"{correct} of {total:,} test images right", images, labels, page)
     print(f"Page:     {utils.relative(page)}: open it in a browser, draw, and see every layer")
 
 
@@ -179,7 +178,7 @@ def plot_features(model, images, labels, i, checkpoint, path):
 
 
 def write_page(checkpoint, about, images, labels, path):
-    """Write images/lenet5.html to `path` with the weights of `checkpoint`, and return `path`.
+    """Write images/lenet5.html to `path` with the weights of `checkpoint`.
 
     Args:
         about: what the page says of the weights.
@@ -204,7 +203,6 @@ def write_page(checkpoint, about, images, labels, path):
     shipped = {k: v for k, v in json.loads(networks).items() if k != checkpoint["dataset"]}
     networks = json.dumps({checkpoint["dataset"]: network, **shipped})  # the judged one first
     utils.write_file(path, f"{head}{networks}{tail}".encode())
-    return path
 
 
 def report_pictures(args, checkpoint, images, logits):

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import zipfile
 from http.client import HTTPException
@@ -144,7 +145,7 @@ def command(script, args, *options):
             line += [f"--{name}-dir", relative(path)]
     if args.device != "auto":
         line += ["--device", args.device]
-    return shlex.join(map(str, line))
+    return (subprocess.list2cmdline if os.name == "nt" else shlex.join)(map(str, line))
 
 
 def choose_device(name):
@@ -384,18 +385,19 @@ def write_file(path, data):
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     except OSError as error:
         raise Error(
             f"cannot write {relative(path)}: {error.strerror} (what was there before is untouched)"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):  # it is gone if all went well
-            temporary.unlink()
 
 
 def save(obj, path):
