@@ -1,12 +1,18 @@
 """LeNet-5 (LeCun et al., "Gradient-based learning applied to document recognition", 1998).
 
-The network with sigmoid activations and average pooling: 61,706 parameters.
+The network with sigmoid activations and average pooling, 61,706 parameters; and the trace, which
+reads from whatever class stands here what the network is, and tells everybody else.
 
     python model.py    print the table of its layers
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import sqrt
+
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 
 class LeNet(nn.Module):
@@ -30,15 +36,19 @@ class LeNet(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Draw Xavier-uniform weights and set the biases to zero.
+        """Draw Xavier-uniform weights, larger by the gain of what follows; set biases to zero.
 
-        The gain is 4 where a sigmoid follows: its slope at 0 is 1/4, and the gain makes up for it
-        (Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural
-        networks", 2010). The output layer is linear and has gain 1.
+        Source: Glorot and Bengio, "Understanding the difficulty of training deep feedforward
+        neural networks", 2010.
         """
-        for layer in (self.c1, self.c3, self.c5, self.f6, self.f7):
-            nn.init.xavier_uniform_(layer.weight, gain=1 if layer is self.f7 else 4)
-            nn.init.zeros_(layer.bias)
+        layers = trace(self).layers
+        for i, layer in enumerate(layers):
+            if layer.kind in ("conv2d", "linear"):
+                for parameter in layer.operations[0].parameters:
+                    if parameter.ndim > 1:
+                        nn.init.xavier_uniform_(parameter, gain(layers[i:]))
+                    else:
+                        nn.init.zeros_(parameter)
 
     def forward(self, x):
         """Map images (N x 1 x 32 x 32, float) to logits (N x num_classes, float)."""
@@ -52,57 +62,295 @@ class LeNet(nn.Module):
         return self.f7(x)  # N x num_classes; the softmax is in the loss
 
 
-def layer_table(model):
-    """Run `model` on one blank image and describe each layer that it went through.
+# --- The trace: what the network is, read from one forward pass -----------------------------------
 
-    Returns:
-        A list of dicts of str and int with the keys layer, type, configuration, input, output,
-        activation and parameters, in the order of the forward pass.
+LETTERS = {"conv2d": "C", "avg_pool2d": "S", "max_pool2d": "S", "linear": "F"}  # LeCun's names
+RESHAPES = (  # and other operations that leave the numbers, and their order, as they are
+    *("flatten", "view", "reshape", "squeeze", "unsqueeze"),
+    *("contiguous", "clone", "detach", "to", "float"),
+)
+OPERATIONS = {  # those that can be followed: their parameters after the input, in PyTorch's order
+    "conv2d": ("weight", "bias", "stride", "padding", "dilation", "groups"),
+    "linear": ("weight", "bias"),
+    "avg_pool2d": (
+        *("kernel_size", "stride", "padding"),
+        *("ceil_mode", "count_include_pad", "divisor_override"),
+    ),
+    "max_pool2d": ("kernel_size", "stride", "padding", "dilation", "ceil_mode"),
+    "batch_norm": (
+        *("running_mean", "running_var", "weight", "bias"),
+        *("training", "momentum", "eps"),
+    ),
+    **dict.fromkeys(("dropout", "dropout2d"), ("p",)),
+    **dict.fromkeys(("add", "sub", "mul", "div"), ("other",)),
+    "leaky_relu": ("negative_slope",),
+    **dict.fromkeys(("softmax", "log_softmax"), ("dim",)),
+    **dict.fromkeys(("sigmoid", "tanh", "relu", *RESHAPES), ()),
+}
+USUAL = {"padding": 0, "dilation": 1, "groups": 1, "dim": 1}  # numbers that need not be told
+USUAL |= {"ceil_mode": False, "count_include_pad": True, "training": False}
+
+
+@dataclass
+class Operation:
+    """One operation of the forward pass."""
+
+    kind: str  # PyTorch's name: conv2d, sigmoid, ...
+    numbers: dict  # kernel_size, stride, padding, ...: numbers, or tuples of height and width
+    tensors: dict  # weight, bias, ...
+    parameters: list  # those of the model of which the tensors are made
+    call: Callable  # maps a batch of inputs to a batch of outputs
+
+    def __str__(self):
+        if self.kind == "linear":
+            return "{1} -> {0}".format(*self.tensors["weight"].shape)
+        words = []
+        for name, value in self.numbers.items():
+            if isinstance(value, tuple):
+                height, width = value
+                value = height if height == width and name != "kernel_size" else f"{height}x{width}"
+            value = f"{value:.4g}" if isinstance(value, float) else value
+            if name == "kernel_size" and self.kind == "conv2d":
+                words.append(f"{len(self.tensors['weight'])} {value} kernels")
+            elif name in ("kernel_size", "other"):
+                words.append(f"{value}")
+            elif name not in USUAL or value != USUAL[name]:
+                words.append(f"{name} {value}")
+        if "other" in self.tensors:
+            words.append(f"{self.tensors['other'].numel()} values")
+        return ", ".join(words)
+
+
+@dataclass
+class Layer:
+    """An operation, and what is done to its output before the next layer."""
+
+    name: str  # C1, S2, ...: LeCun's letter for the kind, and the place; or the kind
+    operations: list  # of Operation; the first one makes the layer what it is
+    parameters: list  # those of the model that it uses, and no layer before it
+    input: tuple  # shape without the batch: maps x height x width, or units
+    output: torch.Tensor  # for the image of the trace, without the batch
+
+    @property
+    def kind(self):
+        return self.operations[0].kind
+
+    def row(self):
+        """Return the layer as a row of the table: a dict of str and int."""
+        first, *others = self.operations
+        steps = [f"{each.kind} {each}".strip() for each in others if each.kind not in RESHAPES]
+        if self.name == "Output" and "softmax" not in "".join(steps):
+            steps.append("softmax, inside the loss")
+        return {
+            "layer": self.name,
+            "type": first.kind,
+            "configuration": str(first) or "-",
+            "input": "x".join(map(str, self.input)),
+            "output": "x".join(map(str, self.output.shape)),
+            "activation": ", ".join(steps) or "-",
+            "parameters": sum(parameter.numel() for parameter in self.parameters),
+        }
+
+
+def gain(layers):
+    """By how much larger to draw the weights of the first layer, for the activation after them.
+
+    Source: the slope of sigmoid and tanh at 0, Glorot and Bengio 2010; for ReLU, which cuts off a
+    half, He et al., "Delving deep into rectifiers", 2015, section 2.2.
     """
-    names = {module: name for name, module in model.named_modules()}
-    rows = []
+    for operation in [operation for layer in layers for operation in layer.operations][1:]:
+        if operation.kind == "sigmoid":
+            return 4
+        if operation.kind in ("relu", "leaky_relu"):
+            return sqrt(2 / (1 + operation.numbers.get("negative_slope", 0) ** 2))
+        if operation.kind in ("tanh", "conv2d", "linear"):
+            break
+    return 1
 
-    def record(module, inputs, output):
-        if isinstance(module, nn.Sigmoid):
-            rows[-1]["activation"] = "sigmoid"
-            return
-        if isinstance(module, nn.Conv2d):
-            kernel = "x".join(map(str, module.kernel_size))
-            configuration = f"{module.out_channels} {kernel} kernels, stride {module.stride[0]}"
-        elif isinstance(module, nn.AvgPool2d):
-            configuration = f"{module.kernel_size}x{module.kernel_size}, stride {module.stride}"
+
+class Trace(TorchFunctionMode):
+    """The layers of a network, read from its forward pass on one image; made by `trace`.
+
+    As a TorchFunctionMode it sees every operation, whether a module, a function or a method of
+    Tensor stands for it in the class.
+
+    Attributes:
+        layers: list of Layer, in the order of the forward pass; the first one is the input.
+        problem: why the layers are not a chain, each fed by the one before it alone, that can be
+            followed; None if they are.
+    """
+
+    def __init__(self, model, image):
+        super().__init__()
+        start = Operation("input", {}, {}, [], lambda x: x)
+        self.layers = [Layer("Input", [start], [], tuple(image.shape[1:]), image[0].clone())]
+        self.problems = []  # of a text, and the layer after which it comes
+        self.last = image
+        # By id; the tensors are kept, so that no later one can get the same id.
+        self.data = {id(image): image}  # made of the image
+        self.weights = {id(p): (p, [p]) for p in model.parameters()}  # made of which parameters
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        output = function(*args, **kwargs)
+        inputs, outputs = tensors_in([args, kwargs]), tensors_in(output)
+        sources = [p for t in inputs if id(t) in self.weights for p in self.weights[id(t)][1]]
+        if not any(id(t) in self.data for t in inputs):
+            self.weights.update({id(t): (t, sources) for t in outputs})
+        elif outputs:  # the others ask for a size
+            if outputs[0].ndim > 0:  # what is one number, such as a sum to be printed, is no layer
+                self.record(function, args, kwargs, outputs[0], sources)
+            self.data.update({id(t): t for t in outputs})
+        return output
+
+    @property
+    def softmax(self):
+        """The kind of softmax in which the forward pass ends, or None: the loss has its own."""
+        kind = self.layers[-1].operations[-1].kind
+        return kind if kind in ("softmax", "log_softmax") else None
+
+    def shares(self, logits):
+        """Return the share of each class (N x classes) for the outputs of the network."""
+        return logits if self.softmax == "softmax" else logits.softmax(dim=1)
+
+    def record(self, function, args, kwargs, output, sources):
+        """Add an operation on something made of the image to the layers."""
+        kind = function.__name__.strip("_")
+        inputs = {id(t): t for t in tensors_in([args, kwargs]) if id(t) in self.data}
+        before, *joined = inputs.values()
+        values = [value for value in args if value is not before]
+        named = dict(zip(OPERATIONS.get(kind, ()), values)) | kwargs
+        if kind in ("mm", "matmul") and values and args[0] is before:
+            kind, named = "linear", {"weight": values[0].t()}
+        known = {n: named[n] for n in OPERATIONS.get(kind, ()) if named.get(n) is not None}
+        tensors = {name: t for name, t in known.items() if isinstance(t, torch.Tensor)}
+        numbers = {name: value for name, value in known.items() if name not in tensors}
+        if kind == "conv2d":
+            numbers = {"kernel_size": tuple(tensors["weight"].shape[2:]), "stride": 1} | numbers
+        elif "kernel_size" in numbers:
+            numbers = {"kernel_size": 0, "stride": numbers["kernel_size"]} | numbers
+        for name in ("kernel_size", "stride", "padding", "dilation"):
+            if isinstance(numbers.get(name), int):
+                numbers[name] = (numbers[name], numbers[name])
+
+        if joined:
+            self.complain(f"{kind} joins two branches")
+        elif before is not self.last:
+            self.complain(f"{kind} goes back to an earlier output")
+        elif output.shape[0] != 1:
+            self.complain(f"{kind} makes {len(output)} out of one image")
+        elif not is_known(kind, args, kwargs, before, known):
+            self.complain(f"{kind} is not known here, or not in this use")
+
+        def call(x):
+            new_args = [x if value is before else value for value in args]
+            return function(*new_args, **{n: x if v is before else v for n, v in kwargs.items()})
+
+        operation = Operation(kind, numbers, tensors, sources, call)
+        shown = output[0].contiguous().clone()  # later operations may work in place
+        same_size = shown.numel() == self.layers[-1].output.numel()
+        chained = before is self.last and not joined and same_size
+        if not chained or kind in LETTERS or kind in ("batch_norm", "dropout", "dropout2d"):
+            place = 1 + sum(layer.kind in LETTERS for layer in self.layers)
+            name = f"{LETTERS[kind]}{place}" if kind in LETTERS else kind
+            self.layers.append(Layer(name, [operation], [], tuple(before.shape[1:]), shown))
         else:
-            configuration = f"{module.in_features} -> {module.out_features}"
-        rows.append(
-            {
-                "layer": names[module].upper(),
-                "type": type(module).__name__,
-                "configuration": configuration,
-                "input": "x".join(map(str, inputs[0].shape[1:])),
-                "output": "x".join(map(str, output.shape[1:])),
-                "activation": "-",
-                "parameters": sum(p.numel() for p in module.parameters()),
-            }
-        )
+            self.layers[-1].operations.append(operation)
+            self.layers[-1].output = shown.view(self.layers[-1].output.shape)
+        used = {id(p) for layer in self.layers for p in layer.parameters}
+        self.layers[-1].parameters += [p for p in dict.fromkeys(sources) if id(p) not in used]
+        self.last = output
 
-    layers = [module for module in model.children() if not isinstance(module, nn.Flatten)]
-    hooks = [layer.register_forward_hook(record) for layer in layers]
-    with torch.no_grad():
-        model(torch.zeros(1, 1, 32, 32))
-    for hook in hooks:
-        hook.remove()
-    rows[-1].update(layer="Output", activation="softmax, inside the loss")
-    return rows
+    def complain(self, text):
+        """Note what breaks the chain."""
+        self.problems.append((text, self.layers[-1]))
+
+    @property
+    def problem(self):
+        """The first problem as a text, or None."""
+        return "{}, after {.name}".format(*self.problems[0]) if self.problems else None
+
+
+def is_known(kind, args, kwargs, x, known):
+    """Tell whether what is `known` of an operation on x (1 x maps x ...) is all there is to it."""
+    if kind in ("add", "sub", "mul", "div"):  # by a number, or by one for each map or unit
+        if "other" not in known:  # x + x
+            return False
+        other = torch.as_tensor(known["other"])
+        one_a_map = (x.shape[1], *[1] * (x.ndim - 2))
+        return (
+            (other.numel() == 1 or other.shape[-len(one_a_map) :] == one_a_map)
+            and (args[0] is x or kind in ("add", "mul"))
+            and kwargs.keys() <= {"other"}
+        )
+    if kind in ("linear", "softmax", "log_softmax"):
+        return x.ndim == 2 and known.get("dim", 1) in (1, -1)
+    return "running_mean" in known if kind == "batch_norm" else kind in OPERATIONS
+
+
+def tensors_in(values):
+    """Return the tensors in nested lists, tuples and dicts."""
+    if isinstance(values, torch.Tensor):
+        return [values]
+    if isinstance(values, dict):
+        values = list(values.values())
+    if not isinstance(values, list | tuple):
+        return []
+    return [tensor for value in values for tensor in tensors_in(value)]
+
+
+@torch.no_grad()
+def trace(model, image=None):
+    """Run `model` once, as it runs when it is judged, and return what it did, as a `Trace`.
+
+    What was seen is also run on another image. If that does not give what the model gives, since
+    it does something that cannot be seen, this is the problem of the trace.
+
+    Args:
+        model: maps N x 1 x 32 x 32 (float) to logits, whatever class it is.
+        image: 1 x 1 x 32 x 32, of the model's dtype, on its device; None: a black one.
+    """
+    training = model.training
+    model.eval()
+    parameter = next(model.parameters(), torch.zeros(0))
+    other = torch.linspace(0, 30, 1024, dtype=parameter.dtype, device=parameter.device)
+    other = other.sin().view(1, 1, 32, 32)
+    expected = model(other.clone())  # after it, lazy layers have their sizes
+    image = torch.zeros_like(other) if image is None else image
+    with Trace(model, image) as traced:
+        output = model(image)
+    model.train(training)
+    for layer in [layer for layer in traced.layers if layer.kind in LETTERS][-1:]:
+        if layer.output.shape == traced.layers[-1].output.shape:
+            layer.name = "Output"
+    if output is not traced.last:
+        traced.complain("forward returns something else than the last output")
+    if not traced.problem:
+        for operation in [each for layer in traced.layers for each in layer.operations]:
+            other = operation.call(other)
+        if not torch.allclose(other, expected, rtol=1e-4, atol=1e-5):
+            traced.complain("what was seen gives other logits than the network")
+    return traced
+
+
+def layer_table(traced):
+    """Return the rows, as `Layer.row` makes them, of the layers that do something."""
+    return [layer.row() for layer in traced.layers if layer.operations[1:] or layer.name != "Input"]
 
 
 def main():
-    rows = layer_table(LeNet())
-    texts = "{:<8}{:<11}{:<27}{:<10}{:<10}{:<26}"
-    print((texts + "{:>10}").format(*rows[0]))
-    for row in rows:
-        print((texts + "{:>10,}").format(*row.values()))
+    traced = trace(LeNet())
+    rows = layer_table(traced)
     total = sum(row["parameters"] for row in rows)
-    print((texts + "{:>10,}").format("Total", *[""] * 5, total))
+    rows.insert(0, {name: name for name in rows[0]})
+    rows.append(dict.fromkeys(rows[0], "") | {"layer": "Total", "parameters": total})
+    widths = [max(len(str(row[name])) for row in rows) for name in rows[0]]
+    for row in rows:
+        *texts, count = row.values()
+        texts = [text.ljust(width) for text, width in zip(texts, widths)]
+        print("  ".join(texts), f"{count:>10,}" if isinstance(count, int) else count)
+    if traced.problem:
+        print(f"The layers are not a chain: {traced.problem}")
 
 
 if __name__ == "__main__":

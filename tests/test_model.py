@@ -6,21 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from model import LeNet, layer_table, main
+from model import LeNet, layer_table, main, trace
 
 SPECIFICATION = [
-    ("C1", "Conv2d", "6 5x5 kernels, stride 1", "1x32x32", "6x28x28", "sigmoid", 156),
-    ("S2", "AvgPool2d", "2x2, stride 2", "6x28x28", "6x14x14", "-", 0),
-    ("C3", "Conv2d", "16 5x5 kernels, stride 1", "6x14x14", "16x10x10", "sigmoid", 2_416),
-    ("S4", "AvgPool2d", "2x2, stride 2", "16x10x10", "16x5x5", "-", 0),
-    ("C5", "Conv2d", "120 5x5 kernels, stride 1", "16x5x5", "120x1x1", "sigmoid", 48_120),
-    ("F6", "Linear", "120 -> 84", "120", "84", "sigmoid", 10_164),
-    ("Output", "Linear", "84 -> 10", "84", "10", "softmax, inside the loss", 850),
+    ("C1", "conv2d", "6 5x5 kernels, stride 1", "1x32x32", "6x28x28", "sigmoid", 156),
+    ("S2", "avg_pool2d", "2x2, stride 2", "6x28x28", "6x14x14", "-", 0),
+    ("C3", "conv2d", "16 5x5 kernels, stride 1", "6x14x14", "16x10x10", "sigmoid", 2_416),
+    ("S4", "avg_pool2d", "2x2, stride 2", "16x10x10", "16x5x5", "-", 0),
+    ("C5", "conv2d", "120 5x5 kernels, stride 1", "16x5x5", "120x1x1", "sigmoid", 48_120),
+    ("F6", "linear", "120 -> 84", "120", "84", "sigmoid", 10_164),
+    ("Output", "linear", "84 -> 10", "84", "10", "softmax, inside the loss", 850),
 ]
 
 
 def test_layers_are_those_of_the_specification():
-    assert [tuple(row.values()) for row in layer_table(LeNet())] == SPECIFICATION
+    assert [tuple(row.values()) for row in layer_table(trace(LeNet()))] == SPECIFICATION
 
 
 def test_script_prints_the_table(capsys):
