@@ -8,92 +8,80 @@
 Then `python test.py` reports the accuracy on the test set.
 """
 
-import argparse
 import csv
 import io
 import math
 import sys
 import time
 
+import utils  # first: it sets what torch reads when it is imported
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import utils
-from model import LeNet
+from model import LeNet, layer_table, trace
 
-RECIPES = {  # shift: most pixels by which clothes are moved at random; digits are moved by one
-    "default": dict(epochs=20, lr=0.05, weight_decay=0.015, shift=0, label_smoothing=0.0),
-    "long": dict(epochs=150, lr=0.05, weight_decay=0.01, shift=1, label_smoothing=0.05),
+RECIPES = {  # sets of defaults, in place of those in parse_args
+    "default": {},
+    "long": {"epochs": 150, "weight_decay": 0.01, "shift": 1, "label_smoothing": 0.05},
 }
-DEFAULTS = dict(recipe="default", batch_size=256, seed=0, limit=None, full=False)
-NUMBERS = {
-    "epochs": (utils.number(int, 1), "passes over the train split"),
-    "batch_size": (utils.number(int, 1), "images in a step"),
-    "lr": (utils.number(float, 0, above=True), "peak of the learning rate"),
-    "weight_decay": (utils.number(float, 0), "decoupled"),
-    "seed": (utils.number(int, 0), "of all random numbers"),
-    "limit": (utils.number(int, 1), "only the first LIMIT images of each split"),
-}
-OPTIONS = ("recipe", *NUMBERS, "full")  # what a run can be asked for; it is saved with the run
 
 
 def parse_args(argv):
-    """Parse the command line; an option of the run that is not given is not in the result."""
+    """Parse the command line; `options` of the result are those of the run, saved with it."""
+    parser = utils.Parser("Train LeNet-5 and keep the weights of the best epoch.")
+    dataset = "auto: FashionMNIST or, if it cannot be had, the built-in Glyphs"
+    parser.add_options_of_a_run(dataset)
+    add, number = parser.add_argument, utils.number
+    add("--resume", action="store_true", help="go on with the newest run, or with --name")
+    recipe = f"a set of defaults; long: {RECIPES['long']}".replace("'", "")
+    shift = "most pixels by which images are moved (default: 1 for digits, 0 for clothes)"
+    options = [
+        add("--recipe", choices=tuple(RECIPES), default="default", help=recipe),
+        add("--epochs", type=number(int, 1), default=20, help="passes over the train split"),
+        add("--batch-size", type=number(int, 1), default=256, help="images in a step"),
+        add("--lr", type=number(float, 0, above=True), default=0.05, help="peak learning rate"),
+        add("--weight-decay", type=number(float, 0), default=0.015, help="decoupled"),
+        add("--shift", type=number(int, 0, 28), help=shift),
+        add("--label-smoothing", type=number(float, 0, 1), default=0.0, help="of the loss"),
+        add("--seed", type=number(int, 0), default=0, help="of all random numbers"),
+        add("--limit", type=number(int, 1), help="only the first LIMIT images (default: all)"),
+        add("--full", action="store_true", help="fit the validation images too, keep the end"),
+    ]
+    args = parser.parse_args(argv)
+    parser.set_defaults(**RECIPES[args.recipe])
+    args = parser.parse_args(argv)
+    args.options = {option.dest: getattr(args, option.dest) for option in options}
+    return args
 
-    def default(name):
-        if name in DEFAULTS:
-            return "all" if DEFAULTS[name] is None else DEFAULTS[name]
-        return ", ".join(f"{recipe[name]} ({key})" for key, recipe in RECIPES.items())
 
-    parser = utils.Parser(
-        "Train LeNet-5 and keep the weights of the best epoch.",
-        dataset="auto: FashionMNIST or, if it cannot be had, the built-in Glyphs; with --resume: "
-        "that of the newest run",
-        argument_default=argparse.SUPPRESS,
-    )
-    add = parser.add_argument
-    add("--recipe", choices=tuple(RECIPES), help="long: the best results (default: default)")
-    for name, (kind, text) in NUMBERS.items():
-        add(f"--{name.replace('_', '-')}", type=kind, help=f"{text} (default: {default(name)})")
-    add("--full", action="store_true", help="fit the validation images too, keep the last epoch")
-    add("--resume", action="store_true", default=False, help="go on with an interrupted run")
-    return parser.parse_args(argv)
-
-
-def add_options_of_the_run(args, checkpoint):
-    """Add to `args` what was not given: from `checkpoint`, of the run to resume, or the recipe.
+def resumed_options(saved, argv, path):
+    """Return the options of the run in `path`: those `saved` with it, which `argv` may repeat.
 
     Raises:
-        Error: an option contradicts the run, or the run's own are not such as this version has.
+        Error: `argv` contradicts them, or they are not such as this version takes.
     """
-    given = {name: value for name, value in vars(args).items() if name in OPTIONS}
-    saved = given
-    last = utils.relative(args.run_dir / "last.pt")
-    if checkpoint:
-        if checkpoint["dataset"] != args.dataset:
-            raise utils.Error(f"{last} belongs to a run on {checkpoint['dataset']}")
-        saved = {name: value for name, value in checkpoint["options"].items() if name in OPTIONS}
-    recipe = saved.get("recipe", "default")
-    if not isinstance(recipe, str) or recipe not in RECIPES:
-        raise utils.Error(f"{last} has the recipe {recipe} of another version: start a new run")
-    options = DEFAULTS | RECIPES[recipe] | saved
-    for name, (kind, _) in NUMBERS.items():
-        try:
-            if name != "limit" or options[name] is not None:
-                options[name] = kind(options[name])
-        except argparse.ArgumentTypeError as error:
-            raise utils.Error(f"{last} cannot be resumed: its {name} {error}") from error
-    for name, value in given.items():
+
+    def typed(name, value):
+        flag = f"--{name.replace('_', '-')}"
+        if value is None or value is False:
+            return f"no {flag}"
+        return flag if value is True else f"{flag}={value}"
+
+    shown, known = utils.relative(path), parse_args([]).options
+    words = [typed(name, value) for name, value in saved.items() if name in known]
+    line = [word for word in words if not word.startswith("no ")]
+    try:
+        options = parse_args(line).options
+    except utils.Error as error:
+        raise utils.Error(f"{shown} cannot be resumed by this version: {error}") from error
+    for name, value in parse_args([*line, *argv]).options.items():
         if value != options[name]:
-            flag, then = f"--{name.replace('_', '-')}", options[name]
-            now = flag if value is True else f"{flag} {value}"
-            then = f"no {flag}" if then is None or then is False else then
             raise utils.Error(
-                f"{now} contradicts {last}, whose run has {then}: leave it out, or start a new run "
-                "without --resume"
+                f"{typed(name, value)} contradicts {shown}, whose run has "
+                f"{typed(name, options[name])}: leave it out, or start a new run without --resume"
             )
-    vars(args).update(options)
+    return options
 
 
 class Muon(torch.optim.Optimizer):
@@ -116,6 +104,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
             for p in group["params"]:
+                if p.grad is None:  # forward does not use it
+                    continue
                 state = self.state[p]
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
@@ -137,6 +127,7 @@ def orthogonalise(matrix, steps=3):
         return orthogonalise(matrix.t(), steps).t()
     for _ in range(steps):
         square = x @ x.t()
+        # x = a x + (b x x^T + c (x x^T)^2) x, with the authors' a, b and c
         polynomial = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
         x = torch.addmm(x, polynomial, x, beta=3.4445)
     return x
@@ -145,15 +136,30 @@ def orthogonalise(matrix, steps=3):
 def make_optimizers(model, lr, weight_decay):
     """Return Muon for the weights of the hidden layers, and AdamW for all other parameters.
 
+    Hidden are all weights of two and more dimensions but the last that is used; what is frozen
+    (requires_grad is False) gets no optimizer.
+
     Args:
         lr, weight_decay: of Muon; AdamW has half the rate and twice the decay.
+
+    Raises:
+        Error: all parameters are frozen.
     """
-    hidden = [layer.weight for layer in (model.c1, model.c3, model.c5, model.f6)]
-    others = [p for p in model.parameters() if not any(p is weight for weight in hidden)]
-    return [
-        Muon(hidden, lr, weight_decay=weight_decay),
-        torch.optim.AdamW(others, lr / 2, weight_decay=2 * weight_decay, fused=True),
-    ]
+    used = [p for layer in trace(model).layers for p in layer.parameters if p.ndim > 1]
+    hidden = set(used[:-1])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise utils.Error("there is nothing to train: all parameters in model.py are frozen")
+    matrices = [p for p in trained if p in hidden]
+    others = [p for p in trained if p not in hidden]
+    optimizers = [Muon(matrices, lr, weight_decay=weight_decay)] if matrices else []
+    if others:
+        adamw = torch.optim.AdamW(others, lr / 2, weight_decay=2 * weight_decay, fused=True)
+        optimizers.append(adamw)
+    return optimizers
+
+
+WARM_UP = 0.3  # share of the run in which the rate rises
 
 
 def one_cycle(progress):
@@ -161,43 +167,43 @@ def one_cycle(progress):
 
     Source: Smith and Topin, "Super-convergence", 2017; here with a cosine up and a cosine down.
     """
-    if progress < 0.3:
-        return 0.04 + 0.96 * (1 - math.cos(math.pi * progress / 0.3)) / 2
-    return (1 + math.cos(math.pi * (progress - 0.3) / 0.7)) / 2
+    if progress < WARM_UP:
+        return 0.04 + 0.96 * (1 - math.cos(math.pi * progress / WARM_UP)) / 2
+    return (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP))) / 2
 
 
-def train(args, model, optimizers, train_set, val_set, mean, std, history):
-    """Train epoch after epoch; after each one save last.pt, and best.pt if it is the best so far.
+def train(args, run, model, optimizers, train_set, val_set):
+    """Train epoch after epoch; after each one save the run, its best weights and its metrics.
 
     Args:
-        args: the options of the run, its data set and its folders run_dir and picture_dir.
+        args: where the files are.
+        run: what last.pt holds; after each epoch its history has one row more.
         train_set, val_set: images (uint8, N x 28 x 28) and labels (int64, N) on the device of
             `model`; val_set is None with --full.
-        mean, std: of the pixels.
-        history: list of dicts, one for each epoch so far; those of the new epochs are added.
 
     Raises:
-        FloatingPointError: the loss is not finite.
-        Error: a checkpoint cannot be written.
+        Error: the loss is not finite, or a checkpoint cannot be written.
     """
+    options, mean, std = run["options"], run["mean"], run["std"]
+    data = utils.DATASETS[run["dataset"]]
+    shift = data["shift"] if options["shift"] is None else options["shift"]
     count = len(train_set[1])
-    steps = math.ceil(count / args.batch_size)  # in an epoch
-    clothes = args.dataset == "FashionMNIST"  # mirrored, they are still clothes
-    shift = args.shift if clothes else 1
+    steps = math.ceil(count / options["batch_size"])  # in an epoch
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     peaks = [group["lr"] for group in groups]
-    for epoch in range(len(history) + 1, args.epochs + 1):
-        start = time.perf_counter()
+    for epoch in range(len(run["history"]) + 1, options["epochs"] + 1):
+        began = time.perf_counter()
         total = torch.zeros(2, device=train_set[1].device)  # reading it each step would stall a GPU
-        batches = utils.batches(*train_set, mean, std, args.batch_size, clothes, shift)
+        augmentation = data["mirror"], shift, data["strokes"]
+        batches = utils.batches(*train_set, mean, std, options["batch_size"], *augmentation)
         bar = tqdm(batches, total=steps, file=sys.stdout, disable=None, leave=False, unit="batch")
         model.train()
         for step, (x, y) in enumerate(bar, start=(epoch - 1) * steps):
-            rate = one_cycle(step / (args.epochs * steps))
+            rate = one_cycle(step / (options["epochs"] * steps))
             for group, peak in zip(groups, peaks):
                 group["lr"] = rate * peak
             logits = model(x)
-            loss = F.cross_entropy(logits, y, label_smoothing=args.label_smoothing)
+            loss = F.cross_entropy(logits, y, label_smoothing=options["label_smoothing"])
             model.zero_grad()
             loss.backward()
             for optimizer in optimizers:
@@ -209,28 +215,15 @@ def train(args, model, optimizers, train_set, val_set, mean, std, history):
             images, labels = val_set
             logits = utils.predict(model, images, mean, std)
             numbers += (loss_and_right(logits, labels) / len(labels)).tolist()
-        if not all(map(math.isfinite, numbers)):
-            raise FloatingPointError
-        row = dict(zip(utils.HISTORY, (epoch, rate * args.lr, *numbers)))
-        checkpoint = {
-            "format": utils.FORMAT,
-            "dataset": args.dataset,
-            "classes": utils.CLASSES[args.dataset],
-            "mean": mean,
-            "std": std,
-            "options": {name: getattr(args, name) for name in OPTIONS},
-            "torch": str(torch.__version__),  # a plain str, which every version of torch can read
-            "epoch": epoch,
-            "history": [*history, row],
-            "model": model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "random": torch.get_rng_state(),
-        }
-        utils.save(checkpoint, args.run_dir / "last.pt")
-        history.append(row)  # from here on the epoch counts as saved
-        save_best(checkpoint, args.run_dir)
-        print_epoch(history, args, time.perf_counter() - start)
-        write_metrics(history, args)
+        whole = all(parameter.isfinite().all() for parameter in model.parameters())
+        if not whole or not all(map(math.isfinite, numbers)):
+            raise utils.Error(
+                f"the loss is no longer finite in epoch {epoch}: start anew with a smaller rate, "
+                f"such as --lr {options['lr'] / 4:g}"
+            )
+        row = dict(zip(utils.HISTORY, (epoch, rate * options["lr"], *numbers)))
+        keep(args, run, model, optimizers, row)
+        print_epoch(run, steps, time.perf_counter() - began)
 
 
 def loss_and_right(logits, labels):
@@ -239,150 +232,211 @@ def loss_and_right(logits, labels):
     return torch.stack([loss, (logits.argmax(dim=1) == labels).sum()])
 
 
-def save_best(checkpoint, run_dir):
-    """Write best.pt if the last epoch of `checkpoint`, the contents of last.pt, is the best so far.
+def keep(args, run, model, optimizers, row):
+    """Add `row` to the history of `run`, and save the run as it is now.
+
+    Raises:
+        Error: a checkpoint cannot be written; it says what is saved, and how to go on.
+    """
+    epoch = row["epoch"]
+    small = [copy_weights(model, epoch)] if epoch & (epoch - 1) == 0 else []  # a power of 2
+    state = {
+        "torch": str(torch.__version__),  # a plain str, which every version of torch can read
+        "epoch": epoch,
+        "history": [*run["history"], row],
+        "snapshots": [*run["snapshots"], *small],
+        "model": model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "random": torch.get_rng_state(),
+    }
+    try:
+        utils.save(run | state, utils.file_of(args, run, "last.pt"))
+        run.update(state)  # from here on the epoch counts as saved
+        keep_best(args, run)
+    except utils.Error as error:
+        raise utils.Error(f"{error}; {saved_so_far(args, run)}") from error
+    write_metrics(args, run)
+
+
+def copy_weights(model, epoch):
+    """Return a small copy of the weights, with which the page shows how the network has learnt.
+
+    Returns:
+        a dict with the epoch and, by name, the weights (int8) and the scales (float) by which they
+        are to be multiplied.
+    """
+    weights, scales = {}, {}
+    for name, weight in model.state_dict().items():
+        if weight.is_floating_point():
+            scales[name] = weight.abs().max().clamp(min=1e-30).item() / 127
+            weights[name] = (weight / scales[name]).round().to(torch.int8)
+    return {"epoch": epoch, "weights": weights, "scales": scales}
+
+
+def keep_best(args, run):
+    """Write best.pt if the last epoch of `run`, which last.pt holds, is the best so far.
 
     After last.pt: if a crash comes between the two, the same call brings best.pt up to date.
     """
-    if utils.best_epoch(checkpoint["history"]) is checkpoint["history"][-1]:
-        state = ("optimizers", "random")
-        best = {key: value for key, value in checkpoint.items() if key not in state}
-        utils.save(best, run_dir / "best.pt")
+    if utils.best_epoch(run["history"]) is run["history"][-1]:
+        best = {key: run[key] for key in run if key not in ("optimizers", "random")}
+        utils.save(best, utils.file_of(args, run, "best.pt"))
 
 
-def write_metrics(history, args, plot=False):
+def write_metrics(args, run, plot=False):
     """Write metrics.csv and, with `plot`, metrics.png; where that fails, warn and go on."""
     text = io.StringIO()
     table = csv.DictWriter(text, utils.HISTORY, lineterminator="\n")
     table.writeheader()
-    table.writerows(history)
+    table.writerows(run["history"])
+    path = utils.file_of(args, run, "metrics.png")
     try:
-        utils.write_file(args.picture_dir / "metrics.csv", text.getvalue().encode())
+        utils.write_file(path.with_suffix(".csv"), text.getvalue().encode())
         if plot:
-            utils.plot_metrics(history, args.dataset, args.picture_dir / "metrics.png")
+            with utils.refuse(path, "cannot draw {path}: {error}"):
+                utils.plot_metrics(run["history"], run["dataset"], path)
     except utils.Error as error:
         print(f"Warning: {error}", file=sys.stderr)
 
 
-HEADER = "epoch   learning rate   train loss   accuracy   validation loss   accuracy   seconds"
+# --- What is printed ------------------------------------------------------------------------------
+
+COLUMNS = "{:>9}{:>16}{:>13}{:>11}{:>18}{:>11}{:>10}"
+NAMES = ("epoch", "learning rate", "train loss", "accuracy", "validation loss", "accuracy")
 
 
-def print_epoch(history, args, seconds):
-    """Print the line of an epoch, and a warning where nothing is learnt."""
-    row, val, best = history[-1], f"{'-':>18}{'-':>11}", ""
-    if not args.full:
-        val = f"{row['val_loss']:>18.4f}{row['val_accuracy']:>11.2%}"
-        best = "  best so far" if utils.best_epoch(history) is row else ""
-    print(
-        f"{row['epoch']:>{len(str(args.epochs))}}/{args.epochs}".rjust(7),
-        f"{row['lr']:>13.2e}{row['train_loss']:>13.4f}{row['train_accuracy']:>11.2%}"
-        f"{val}{seconds:>10.1f}{best}",
-        flush=True,
-    )
-    if row["epoch"] == 2 < args.epochs and row["train_accuracy"] < 0.15:
+def print_epoch(run, steps, seconds):
+    """Print the line of the last epoch, of so many steps and seconds; warn if nothing is learnt."""
+    history, options = run["history"], run["options"]
+    epoch, rate, *numbers = history[-1].values()
+    cells = [f"{epoch}/{options['epochs']}", f"{rate:.2e}"]
+    for loss, accuracy in zip(numbers[::2], numbers[1::2]):
+        cells += [f"{loss:.4f}" if loss < 1e5 else f"{loss:.2e}", f"{accuracy:.2%}"]
+    cells += ["-"] * (len(NAMES) - len(cells))  # with --full there is no validation
+    best = not options["full"] and utils.best_epoch(history) is history[-1]
+    note = "  best so far" if best else ""
+    print(COLUMNS.format(*cells, f"{seconds:.1f}") + note, flush=True)
+    warmed_up = epoch - 1 < WARM_UP * options["epochs"] <= epoch  # in this epoch
+    chance = numbers[1] < 1.5 / len(run["classes"])
+    if chance and warmed_up and epoch * steps >= 200 and epoch < options["epochs"]:
         print(
-            "Warning: after 2 epochs the accuracy is still at chance. Stop with Ctrl-C, and start "
-            f"anew with another --lr than {args.lr}, or with more images.",
+            f"Warning: after {epoch} epochs the accuracy is still at chance. Stop with Ctrl-C, and "
+            f"start anew with another --lr than {options['lr']}",
             file=sys.stderr,
         )
 
 
-def print_result(history, args, val_count):
+def print_result(args, run, val_count):
     """Print what the run has reached, where it is, and what to do next."""
-    row, weights, options = utils.best_epoch(history), args.run_dir / "best.pt", []
-    result = f"Last epoch: {row['epoch']}; no image was held back to validate it"
-    if not args.full:
-        correct = round(row["val_accuracy"] * val_count)
-        result = f"Best epoch: {row['epoch']} of {args.epochs}, validation accuracy on "
-        result += f"{args.dataset} {row['val_accuracy']:.2%} ({correct}/{val_count})"
+    row, arguments = utils.best_epoch(run["history"]), []
+    weights, note = utils.file_of(args, run, "best.pt"), ""
     if not weights.exists():
-        weights = args.run_dir / "last.pt"
-        options = ["--checkpoint", utils.relative(weights)]
-    plot = utils.relative(args.picture_dir / "metrics.png")
+        weights, note = utils.file_of(args, run, "last.pt"), ", of the last epoch"
+        arguments = ["--checkpoint", utils.relative(weights)]
+    result = f"Last epoch: {row['epoch']}; no image was held back to validate it"
+    if val_count:
+        accuracy, right = row["val_accuracy"], round(row["val_accuracy"] * val_count)
+        result = f"Best epoch: {row['epoch']} of {run['options']['epochs']}, validation accuracy "
+        result += f"on {run['dataset']} {accuracy:.2%} ({right}/{val_count})"
+    plot = utils.relative(utils.file_of(args, run, "metrics.png"))
     print(f"\n{result}")
-    print(f"Weights:    {utils.relative(weights)}{', of the last epoch' if options else ''}")
+    print(f"Weights:    {utils.relative(weights)}{note}")
     print(f"Plot:       {plot}, its numbers in metrics.csv")
-    print(f"Next:       {utils.command('test.py', args, *options)}")
+    print(f"Next:       {utils.command('test.py', args, run, *arguments)}")
 
 
-def note_what_is_there(history, args):
-    """Say it if a new run is going to overwrite another one, or if best.pt of this one is gone."""
-    best, last, note = args.run_dir / "best.pt", args.run_dir / "last.pt", ""
-    if not history and last.exists():
-        note = f"the run in {utils.relative(args.run_dir)} is overwritten after the first epoch; "
-        note += "to keep it, stop with Ctrl-C, and go on with --resume or another --checkpoint-dir"
-    elif history and not best.exists():
-        note = f"{utils.relative(best)} is gone, and with it the weights of epoch "
-        note += f"{utils.best_epoch(history)['epoch']}; it comes back with the next better epoch"
-    if note:
-        print(f"Note: {note}", file=sys.stderr)
-
-
-def saved_so_far(history, args):
-    """Say what is safe after the epochs of `history`, and how to go on."""
-    if not history:
+def saved_so_far(args, run):
+    """Say what is safe, and how to go on."""
+    if not run["history"]:
         return "no epoch was saved yet"
-    last = utils.relative(args.run_dir / "last.pt")
-    again = utils.command("train.py", args, "--resume")
-    return f"epoch {len(history)} is saved in {last}; go on with: {again}"
+    last = utils.relative(utils.file_of(args, run, "last.pt"))
+    again = utils.command("train.py", args, run, "--resume")
+    return f"epoch {len(run['history'])} is saved in {last}; go on with: {again}"
 
 
-def start(args, device, train_set, val_set, checkpoint):
-    """Train, after `checkpoint` if there is one, and return the exit status."""
+def note_what_is_there(args, run):
+    """Say it if a new run is going to overwrite another one, or if best.pt of this one is gone."""
+    best, last = utils.file_of(args, run, "best.pt"), utils.file_of(args, run, "last.pt")
+    if not run["history"] and last.exists():
+        print(
+            f"Note: the run in {utils.relative(last.parent)} is overwritten after the first epoch; "
+            "to keep it, stop with Ctrl-C, and start with another --name, or --resume it",
+            file=sys.stderr,
+        )
+    elif run["history"] and not best.exists():
+        print(
+            f"Note: {utils.relative(best)} is gone, and with it the weights of epoch "
+            f"{utils.best_epoch(run['history'])['epoch']}; it comes back with the next better one",
+            file=sys.stderr,
+        )
+
+
+# --- From the options to the result ---------------------------------------------------------------
+
+
+def start(args, run, device, train_set, val_set):
+    """Train `run`, new or loaded, to its end."""
+    options, classes = run["options"], utils.DATASETS[run["dataset"]]["classes"]
     mean, std = utils.pixel_statistics(train_set[0])
-    train_set = [part[: args.limit].to(device) for part in train_set]
-    val_set = val_set and [part[: args.limit].to(device) for part in val_set]
-    val_count = len(val_set[1]) if val_set else 0
-    torch.manual_seed(args.seed)
-    model = LeNet(len(utils.CLASSES[args.dataset]))
-    model.to(device, memory_format=torch.channels_last)  # in which a CPU is fastest
-    optimizers = make_optimizers(model, args.lr, args.weight_decay)
-    history = []
-    if checkpoint:
-        utils.restore_run(checkpoint, args.run_dir / "last.pt", model, optimizers)
-        history = checkpoint["history"]
-        save_best(checkpoint, args.run_dir)  # a crash may have come just before
-    note_what_is_there(history, args)
+    train_set = [part[: options["limit"]].to(device) for part in train_set]
+    val_set = val_set and [part[: options["limit"]].to(device) for part in val_set]
+    count, val_count = len(train_set[1]), len(val_set[1]) if val_set else 0
+    torch.manual_seed(options["seed"])
+    model = utils.prepare(LeNet(len(classes)), len(classes), device)
+    optimizers = make_optimizers(model, options["lr"], options["weight_decay"])
+    if run["history"]:
+        last, best = utils.file_of(args, run, "last.pt"), utils.file_of(args, run, "best.pt")
+        utils.restore(last, run, model, optimizers)
+        if not best.exists() or best.stat().st_mtime < last.stat().st_mtime:
+            keep_best(args, run)  # a crash may have come between the two
+    note_what_is_there(args, run)
+    run.setdefault("snapshots", [] if run["history"] else [copy_weights(model, epoch=0)])
+    traced = trace(model)
+    run |= {"format": utils.FORMAT, "layers": layer_table(traced)}
+    run |= {"classes": classes, "mean": mean, "std": std}
 
     print(f"LeNet-5 with {sum(p.numel() for p in model.parameters()):,} parameters on {device}")
-    print(f"{args.dataset}: {len(train_set[1]):,} images to train on, {val_count:,} for validation")
-    if len(history) < args.epochs:
-        print(f"\n{HEADER}")
-    else:
-        print(f"This run is already complete: {len(history)} of {args.epochs} epochs are done")
+    print(f"{run['dataset']}: {count:,} images to train on, {val_count:,} for validation")
+    if traced.softmax:
+        print(
+            f"Warning: forward ends in {traced.softmax}, and the loss has one of its own: return "
+            "the values before it",
+            file=sys.stderr,
+        )
+    done = len(run["history"])
+    if done:
+        note = "" if done < options["epochs"] else ": it is already complete"
+        print(f"Run {run['name']}: {done} of {options['epochs']} epochs are done{note}")
+    if done < options["epochs"]:
+        print(f"\n{COLUMNS.format(*NAMES, 'seconds')}")
     try:
-        train(args, model, optimizers, train_set, val_set, mean, std, history)
+        train(args, run, model, optimizers, train_set, val_set)
     except KeyboardInterrupt:
-        print(f"\nStopped: {saved_so_far(history, args)}", file=sys.stderr)
-        if history:
-            write_metrics(history, args, plot=True)
-        return 130
-    except FloatingPointError:
-        raise utils.Error(
-            f"the loss is no longer finite in epoch {len(history) + 1}: start anew with a smaller "
-            f"rate, such as --lr {args.lr / 4:g}"
-        ) from None
-    except utils.Error as error:
-        raise utils.Error(f"{error}; {saved_so_far(history, args)}") from error
-    write_metrics(history, args, plot=True)
-    print_result(history, args, val_count)
+        if run["history"]:
+            write_metrics(args, run, plot=True)
+        raise KeyboardInterrupt(saved_so_far(args, run)) from None
+    write_metrics(args, run, plot=True)
+    print_result(args, run, val_count)
     return 0
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     device = utils.choose_device(args.device)
+    utils.keep_freed_memory()
+    run = {"name": args.name, "dataset": args.dataset, "options": args.options, "history": []}
     if args.resume:
-        args.dataset = utils.newest(args.checkpoint_dir, args.dataset, "last.pt").parent.name
-    args.dataset, *data = utils.load_train_images(args.dataset, args.data_dir)
-    args.run_dir = args.checkpoint_dir / args.dataset
-    args.picture_dir = args.image_dir / args.dataset
-    with utils.claim(args.run_dir, args.picture_dir):
-        checkpoint = utils.load_checkpoint(args.run_dir / "last.pt") if args.resume else None
-        add_options_of_the_run(args, checkpoint)
-        splits = (data, None) if args.full else utils.split_train_validation(*data)
-        return start(args, device, *splits, checkpoint)
+        path, run = utils.newest(args, "last.pt")
+        run["options"] = resumed_options(run["options"], argv, path)
+    run["dataset"], images, labels = utils.load_train_images(run["dataset"], args.data_dir)
+    run["name"] = run["name"] or run["dataset"]
+    files = [utils.file_of(args, run, name) for name in ("last.pt", "metrics.csv")]
+    with utils.claim(*(file.parent for file in files)):
+        if run["options"]["full"]:
+            return start(args, run, device, (images, labels), None)
+        return start(args, run, device, *utils.split_train_validation(images, labels))
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    utils.run_script(main)

@@ -1,13 +1,15 @@
 """What train.py and test.py share.
 
 In this order: names and errors, data sets, batches, checkpoints, plots, and Glyphs, the built-in
-data set.
+data set. Each section can be read alone.
 """
 
 import argparse
 import contextlib
 import gzip
+import hashlib
 import io
+import itertools
 import math
 import os
 import shlex
@@ -16,9 +18,17 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import zipfile
+import zlib
 from http.client import HTTPException
 from pathlib import Path
+
+# On busy cores OpenMP's threads, which spin while they wait, make a step up to 10 times slower; so
+# let them wait in earnest after a while. torch reads this when it is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+# A notebook's backend is handed down to Pythons that lack it, which then cannot import matplotlib.
+backend = os.environ.pop("MPLBACKEND", None)
 
 import matplotlib
 import numpy as np
@@ -29,28 +39,73 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
+from model import layer_table, trace
+
+if backend:
+    os.environ["MPLBACKEND"] = backend
+    with contextlib.suppress(ValueError):
+        matplotlib.rcParams["backend"] = backend
+
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-# --- Names and errors -----------------------------------------------------------------------------
-
 ROOT = Path(__file__).resolve().parent
 DIGITS = [str(digit) for digit in range(10)]
-CLASSES = {
-    "FashionMNIST": [
-        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
-        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
-    ],
-    "MNIST": DIGITS,
-    "Glyphs": DIGITS,
+CLOTHES = [
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+]
+# All that one must say of a data set: its classes; whether a mirrored image is of the same class;
+# by how many pixels its images are moved in training; whether they show pen strokes; how objects
+# were fitted into 28x28, with the longer `side`, centred by mass or by their box; and, beside what
+# torchvision knows, sources of the archives, and md5 sums of what is in them.
+DATASETS = {
+    "FashionMNIST": {
+        **{
+            "classes": CLOTHES,
+            "mirror": True,
+            "shift": 0,
+            "side": 28,
+            "by_mass": False,
+            "strokes": False,
+        },
+        "sources": ["https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"],
+        "unpacked": {
+            "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+            "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
+            "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+            "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+        },
+    },
+    "MNIST": {
+        **{
+            "classes": DIGITS,
+            "mirror": False,
+            "shift": 1,
+            "side": 20,
+            "by_mass": True,
+            "strokes": True,
+        },
+        "unpacked": {
+            "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+            "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+            "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+            "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+        },
+    },
+    "Glyphs": {
+        "classes": DIGITS,
+        "mirror": False,
+        "shift": 1,
+        "side": 20,
+        "by_mass": False,
+        "strokes": True,
+    },
 }
-FOLDERS = {
-    "data": (ROOT / "data", "where the data sets are, or are downloaded to"),
-    "checkpoint": (ROOT / "checkpoints", "a run on data set D has its checkpoints in D/ in here"),
-    "image": (ROOT / "images", "a run on data set D has its pictures in D/ in here"),
-}
+
+# --- Names and errors -----------------------------------------------------------------------------
 
 
 class Error(Exception):
@@ -58,73 +113,125 @@ class Error(Exception):
 
 
 class Unavailable(Error):
-    """A data set is neither on disk nor can be fetched."""
+    """There is no such run, or a data set is neither on disk nor can be fetched."""
 
 
 class Parser(argparse.ArgumentParser):
-    """The options that train.py and test.py share; bad ones are an `Error`, which is one line.
+    """A parser whose help states all defaults; bad options are an `Error`, which is one line."""
 
-    Args:
-        description: of the script.
-        dataset: help on --dataset auto.
-    """
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False)
 
-    def __init__(self, description, dataset, **how):
-        super().__init__(description=description, allow_abbrev=False, **how)
-        names, devices = ("auto", *CLASSES), ("auto", "cpu", "cuda", "mps")
+    def add_options_of_a_run(self, dataset):
+        """Add the options that train.py and test.py share; `dataset` is the help on --dataset."""
         add = self.add_argument
-        add("--dataset", choices=names, default="auto", help=f"{dataset} (default: auto)")
-        for name, (default, text) in FOLDERS.items():
-            text += f" (default: {default.name}, beside the script)"
-            add(f"--{name}-dir", type=folder, default=default, help=text)
-        add("--device", choices=devices, default="auto", help="auto: CUDA or CPU (default: auto)")
+        add("--dataset", choices=("auto", *DATASETS), default="auto", help=dataset)
+        add("--name", type=plain_name, help="of the run (default: that of its data set)")
+        text = "where the data sets are, or are downloaded to"
+        add("--data-dir", type=folder_path, default=ROOT / "data", help=text)
+        text = "a run has its files in checkpoints/NAME and images/NAME in here"
+        add("--output-dir", type=folder_path, default=ROOT, help=text)
+        text = "auto: CUDA or CPU; CUDA_VISIBLE_DEVICES says which GPU"
+        add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help=text)
+
+    def add_argument(self, *names, **how):
+        """Add an option whose help states its default."""
+        if how.get("default") not in (None, argparse.SUPPRESS):
+            how["help"] += " (default: %(default)s)"
+        return super().add_argument(*names, **how)
 
     def error(self, message):
         raise Error(f"{message} (see python {self.prog} --help)")
 
 
-def path(text):
+def plain_name(text):
+    """An argparse type: the name of a run, which is to be the name of a folder."""
+    plain = text.isprintable() and Path(text).name == text and "\\" not in text
+    if not plain or text[0] in ".-":
+        raise argparse.ArgumentTypeError(f"{text!r} is no plain name, such as relu-1")
+    return text
+
+
+def file_path(text):
     """An argparse type: a path, in which ~ is the user's home."""
-    return Path(os.path.expanduser(text))  # noqa: PTH111 - never raises
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
 
 
-def folder(text):
+def folder_path(text):
     """An argparse type: the path of a folder, or of one that can be made."""
-    if os.path.lexists(path(text)) and not os.path.isdir(path(text)):  # noqa: PTH112 - never raises
+    path = file_path(text)
+    if os.path.lexists(path) and not os.path.isdir(path):  # noqa: PTH112 - that of Path may fail
         raise argparse.ArgumentTypeError(f"{text!r} is no folder")
-    return path(text)
+    return path
 
 
-def number(kind, low, above=False):
-    """Return an argparse type: a finite int or float (`kind`), at least `low` or above it."""
-
-    high = 2**63 if kind is int else math.inf  # torch has no larger whole numbers
+def number(kind, low, high=math.inf, above=False):
+    """Return an argparse type: an int or float (`kind`) from `low`, or above it, to `high`."""
+    what = f"{'a whole number' if kind is int else 'a number'} {'above' if above else 'from'} {low}"
+    what += f" to {high}" if high < math.inf else ""
+    limit = 2**63 if kind is int else math.inf  # torch has no larger whole numbers
 
     def parse(text):
         with contextlib.suppress(ArithmeticError, TypeError, ValueError):
             value = kind(text)
-            if (low < value if above else low <= value) and value < high:
+            if (low < value if above else low <= value) and value <= high and value < limit:
                 return value
-        what = "a whole number" if kind is int else "a number"
-        bound = "above" if above else "from"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bound} {low}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
 
     return parse
 
 
-def run(main):
+def run_script(main):
     """Run a script's `main` and exit with its status: 2 after an `Error`, 130 after a signal."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
+    if sys.stdout is None:  # closed: the next file to be opened would take its place
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+    with contextlib.suppress(AttributeError):  # a notebook's stdout has other ways
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that it cannot show
+    before = signal.getsignal(signal.SIGTERM)
+    with contextlib.suppress(ValueError):  # only the main thread may
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    status = 128 + 13  # as the shell tells of a broken pipe
     try:
-        status = main()
-    except Error as error:
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        print("\nStopped.", file=sys.stderr)
-        status = 130
+        try:
+            with matplotlib.rc_context():  # pictures do not depend on the user's settings
+                matplotlib.rcdefaults()
+                result = main()
+            sys.stdout.flush()
+            status = result
+        except Error as error:
+            status = 2
+            message = " ".join(str(error).split())
+            print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        except KeyboardInterrupt as stop:
+            status = 130
+            print(f"\nStopped: {stop}" if str(stop) else "\nStopped.", file=sys.stderr)
+    except BrokenPipeError:  # nobody reads any more, as after | head; nor what is left to write
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGTERM, before)
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def refuse(path, message, errors=Exception):
+    """Turn what goes wrong with the file `path` in a with statement into an `Error`.
+
+    A damaged file can fail in any way, a hostile one in even more.
+
+    Args:
+        message: of the `Error`; {path} and {error} in it stand for the file and what was wrong.
+    """
+    try:
+        yield
+    except Error:
+        raise
+    except errors as error:
+        reason = getattr(error, "strerror", None) or error
+        raise Error(message.format(path=relative(path), error=reason)) from error
 
 
 def relative(path):
@@ -136,13 +243,20 @@ def relative(path):
         return path
 
 
-def command(script, args, *options):
-    """Return a command line that works where it is printed: with the folders, device of `args`."""
+def file_of(args, run, name):
+    """Return the path of a file of a run: checkpoints are in one folder, the others in another."""
+    folder = "checkpoints" if name.endswith(".pt") else "images"
+    return args.output_dir / folder / run["name"] / name
+
+
+def command(script, args, run, *options):
+    """Return a command line on `run` that works where it is printed."""
     python = "python" if shutil.which("python") == sys.executable else sys.executable
-    line = [python, relative(ROOT / script), *options, "--dataset", args.dataset]
-    for name, (default, _) in FOLDERS.items():
-        if (path := getattr(args, f"{name}_dir")) != default:
-            line += [f"--{name}-dir", relative(path)]
+    line = [python, relative(ROOT / script), *options, "--name", run["name"]]
+    if args.data_dir != ROOT / "data":
+        line += ["--data-dir", relative(args.data_dir)]
+    if args.output_dir != ROOT:
+        line += ["--output-dir", relative(args.output_dir)]
     if args.device != "auto":
         line += ["--device", args.device]
     return (subprocess.list2cmdline if os.name == "nt" else shlex.join)(map(str, line))
@@ -166,11 +280,32 @@ def choose_device(name):
     return torch.device(device)
 
 
+def prepare(model, classes, device):
+    """Move `model` to `device`, into the memory format in which it is fastest.
+
+    That is channels_last, unless forward does not run in it (`view` does not).
+
+    Raises:
+        Error: its output is not N x classes.
+    """
+    images = torch.zeros(2, 1, 32, 32, device=device)
+    model.to(device).eval()
+    with torch.no_grad():
+        logits = model(images)
+        if not isinstance(logits, torch.Tensor) or logits.shape != (2, classes):
+            what = getattr(logits, "shape", None)
+            what = f"a {type(logits).__name__}" if what is None else f"2 images x {what[1:]}"
+            raise Error(f"forward in model.py must return logits, N x {classes}, and not {what}")
+        model.to(memory_format=torch.channels_last)
+        try:
+            model(images)
+        except RuntimeError:
+            model.to(memory_format=torch.contiguous_format)
+    return model
+
+
 # --- Data sets ------------------------------------------------------------------------------------
 
-SECOND_SOURCES = {  # where torchvision knows of one alone
-    "FashionMNIST": ["https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"]
-}
 TIMEOUT = 8  # seconds that a server may be silent
 CACHE_VERSION = 2  # raise it whenever a change makes other images, so that no old cache is used
 
@@ -179,7 +314,7 @@ def load_images(dataset, data_dir, split):
     """Load one split of a data set: from its cache, else from its archives, else by download.
 
     Args:
-        dataset: FashionMNIST, MNIST or Glyphs.
+        dataset: one of DATASETS.
         data_dir: folder with torchvision's layout, such as FashionMNIST/raw/*.gz.
         split: train (60,000 images) or test (10,000).
 
@@ -188,15 +323,19 @@ def load_images(dataset, data_dir, split):
 
     Raises:
         Unavailable: the data set is neither on disk nor can be fetched.
-        Error: torchvision does not work.
+        Error: torchvision does not work, or reads this data set in another way.
+        ValueError: there is no such split.
     """
+    if split not in ("train", "test"):
+        raise ValueError(f"the splits are train and test, not {split!r}")
     cache = Path(data_dir) / dataset / f"{split}-v{CACHE_VERSION}.pt"
-    if os.path.exists(cache):  # noqa: PTH110 - never raises
+    if os.path.lexists(cache):
         try:
-            cached = load(cache)
-            return cached["images"], cached["labels"]
-        except (Error, LookupError, TypeError):
-            print(f"{relative(cache)} is damaged: making it anew", file=sys.stderr)
+            with refuse(cache, "{path} is damaged"):
+                cached = load(cache)
+                return cached["images"], cached["labels"]
+        except Error as error:
+            print(f"{error}: making it anew", file=sys.stderr)
     if dataset == "Glyphs":
         images, labels = draw_glyphs(split)
     else:
@@ -239,29 +378,53 @@ def load_train_images(dataset, data_dir):
 
 
 def read_archives(dataset, data_dir, split):
-    """Read one split of FashionMNIST or MNIST from its archives; fetch them where need be."""
+    """Read one split of a data set from its archives; fetch those that are missing or damaged."""
     try:  # only here: it takes seconds to import
         from torchvision import datasets
-        from torchvision.datasets.utils import check_integrity
     except (ImportError, RuntimeError) as error:
         raise Error(
             f"torchvision does not work with torch {torch.__version__} ({error}): install a "
             "matching pair with pip install --upgrade --force-reinstall torch torchvision"
         ) from error
-    source = getattr(datasets, dataset)
-    raw = data_dir / dataset / "raw"
-    missing = [
-        (name, md5) for name, md5 in source.resources if not check_integrity(raw / name, md5)
-    ]
+    source, entry = getattr(datasets, dataset, object), DATASETS[dataset]
+    if not isinstance(vars(source).get("resources"), list):  # EMNIST would get those of MNIST
+        raise Error(f"torchvision does not have {dataset} in MNIST's format: it cannot be used")
+    raw, unpacked = data_dir / dataset / "raw", entry.get("unpacked", {})
+    files = {name: read_archive(raw / name, md5, unpacked) for name, md5 in source.resources}
+    missing = [(name, md5) for name, md5 in source.resources if files[name] is None]
     if missing:
-        fetch([*source.mirrors, *SECOND_SOURCES.get(dataset, [])], raw, missing)
+        fetch([*source.mirrors, *entry.get("sources", [])], raw, missing)
+        files |= {name: read_archive(raw / name, md5, unpacked) for name, md5 in missing}
     prefix = "train" if split == "train" else "t10k"
     images, labels = (
-        bytearray(gzip.decompress((raw / f"{prefix}-{kind}-ubyte.gz").read_bytes()))
-        for kind in ("images-idx3", "labels-idx1")
+        bytearray(files[f"{prefix}-{kind}-ubyte.gz"]) for kind in ("images-idx3", "labels-idx1")
     )
-    images = torch.frombuffer(images, dtype=torch.uint8, offset=16).view(-1, 28, 28)
-    return images, torch.frombuffer(labels, dtype=torch.uint8, offset=8).long()
+    sizes = [int.from_bytes(images[i : i + 4], "big") for i in (4, 8, 12)]
+    labels = torch.frombuffer(labels, dtype=torch.uint8, offset=8).long()
+    if sizes != [len(labels), 28, 28] or labels.max() >= len(entry["classes"]):
+        raise Error(
+            f"{dataset} has not images of 28x28 pixels, labelled as its classes in utils.py"
+        )
+    return torch.frombuffer(images, dtype=torch.uint8, offset=16).view(-1, 28, 28), labels
+
+
+def read_archive(path, md5, unpacked):
+    """Return the contents of a .gz file, which may be unpacked or packed anew; None if not whole.
+
+    Args:
+        md5: of the .gz file.
+        unpacked: md5 sums of contents, by the name without .gz.
+    """
+    for file in (path, path.with_suffix("")):
+        if not file.is_file():
+            continue
+        data = file.read_bytes()
+        known = hashlib.md5(data).hexdigest() == md5
+        with contextlib.suppress(EOFError, OSError, zlib.error):
+            data = gzip.decompress(data)
+        if known or hashlib.md5(data).hexdigest() == unpacked.get(path.stem):
+            return data
+    return None
 
 
 def fetch(mirrors, folder, missing):
@@ -273,7 +436,7 @@ def fetch(mirrors, folder, missing):
     Raises:
         Unavailable: none of the mirrors has them all.
     """
-    from torchvision.datasets.utils import download_url
+    from torchvision.datasets.utils import check_integrity, download_url
 
     name = missing[0][0]
     problem = f"{name} is {'damaged' if (folder / name).exists() else 'missing'}"
@@ -284,14 +447,20 @@ def fetch(mirrors, folder, missing):
         for mirror in mirrors:
             print(f"downloading from {mirror}", file=sys.stderr, flush=True)
             try:
-                for name, md5 in missing:  # download_url passes over those that are there by now
-                    download_url(mirror + name, folder, name, md5)
+                with tempfile.TemporaryDirectory() as mine:  # other runs may do the same
+                    for name, md5 in missing:
+                        if not check_integrity(folder / name, md5):  # by now
+                            download_url(mirror + name, mine, name, md5)
+                            write_file(folder / name, Path(mine, name).read_bytes())
                 return
-            except (OSError, RuntimeError, HTTPException) as error:
+            except (OSError, RuntimeError, HTTPException, Error) as error:
                 reasons.append(f"{mirror}: {error}")
     finally:
         socket.setdefaulttimeout(timeout)
-    raise Unavailable(f"{problem} and cannot be fetched ({'; '.join(reasons)})")
+    raise Unavailable(
+        f"{problem} and cannot be fetched ({'; '.join(reasons)}): put the {len(missing)} .gz files "
+        f"into {relative(folder)}"
+    )
 
 
 def split_train_validation(images, labels, per_class=500):
@@ -314,9 +483,14 @@ def split_train_validation(images, labels, per_class=500):
 
 # --- Batches --------------------------------------------------------------------------------------
 
-# glibc returns freed blocks to the system, and fetches them again in the next step, a quarter of an
-# epoch in all, until it has seen a large one freed: from then on it keeps blocks up to that size.
-torch.empty(31 * 2**20, dtype=torch.uint8)
+
+def keep_freed_memory():
+    """Let glibc keep the memory of a step for the next one, a quarter of the time of an epoch.
+
+    It gives freed blocks back to the system, and fetches them anew, until it has seen a large one
+    freed: from then on it keeps all blocks up to that size.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 def pixel_statistics(images):
@@ -332,7 +506,7 @@ def normalise(images, mean, std):
     return images.unsqueeze(1).float().sub_(255 * mean).div_(255 * std)
 
 
-def batches(images, labels, mean, std, batch_size, mirror=False, shift=0):
+def batches(images, labels, mean, std, batch_size, mirror=False, shift=0, strokes=False):
     """Yield all images once, in random order, augmented and padded with black to 32x32.
 
     Order and augmentation come from the random numbers of the CPU: all devices see the same.
@@ -342,25 +516,52 @@ def batches(images, labels, mean, std, batch_size, mirror=False, shift=0):
         mean, std: of the pixels, for `normalise`.
         mirror: whether half of the images are mirrored.
         shift: most pixels by which an image is moved, up or down and to the left or right.
+        strokes: whether a third of the images, of pen strokes, is thinned and a third thickened.
 
     Yields:
         batch_size (the last time maybe fewer) inputs, float, B x 1 x 32 x 32, and labels, int64, B.
     """
     count = len(labels)
-    plan = [torch.randperm(count), torch.rand(count) < (0.5 if mirror else 0.0)]
-    plan += torch.randint(2 * shift + 1, (2, count))
-    plan = [each.to(images.device).split(batch_size) for each in plan]
-    for index, mirrored, top, left in zip(*plan):
-        x = images[index]
-        x = torch.where(mirrored.view(-1, 1, 1), x.flip(2), x)
+    order = torch.randperm(count).to(images.device)
+    mirrored = torch.rand(count).lt(0.5 if mirror else 0.0).view(-1, 1, 1).to(images.device)
+    top, left = torch.randint(2 * shift + 1, (2, count)).to(images.device)
+    if strokes:
+        share = (torch.randint(-1, 2, (count,)) * torch.rand(count)).to(images.device)
+    for start in range(0, count, batch_size):
+        part = slice(start, start + batch_size)
+        x = images[order[part]]
+        x = torch.where(mirrored[part], x.flip(2), x)
         windows = F.pad(x, [2 + shift] * 4).unfold(1, 32, 1).unfold(2, 32, 1)
-        x = windows[torch.arange(len(x), device=x.device), top, left]
-        yield normalise(x, mean, std), labels[index]
+        x = windows[torch.arange(len(x), device=x.device), top[part], left[part]]
+        x = normalise(x, mean, std)
+        if strokes:
+            x = change_thickness(x, share[part])
+        yield x, labels[order[part]]
 
 
-@torch.inference_mode()
+def change_thickness(x, share):
+    """Thicken or thin bright strokes (float, N x 1 x H x W) by up to a pixel on each side.
+
+    Args:
+        share: float, N, from -1 to 1. Above 0 the image is blended with the largest of each 3x3
+            pixels (dilation), below 0 with the least of them (erosion), which is -max(-x).
+    """
+    share = share.view(-1, 1, 1, 1)
+    extreme = share.sign() * F.max_pool2d(share.sign() * x, 3, stride=1, padding=1)
+    return x.lerp(extreme, share.abs())
+
+
+@torch.no_grad()
 def predict(model, images, mean, std, batch_size=1000):
-    """Return the logits (float, N x classes) of `model` for images (uint8, N x 28 x 28)."""
+    """Return the logits (float, N x classes) of `model` for images (uint8, N x 28 x 28).
+
+    Padding comes before normalising, as in training: black is then the black of the images.
+
+    Raises:
+        ValueError: the images are of another shape or type.
+    """
+    if images.dtype != torch.uint8 or images.shape[1:] != (28, 28):
+        raise ValueError(f"images are to be uint8, N x 28 x 28, not {images.dtype}, {images.shape}")
     model.eval()
     padded = (F.pad(x, [2] * 4) for x in images.split(batch_size))
     return torch.cat([model(normalise(x, mean, std)) for x in padded])
@@ -368,9 +569,9 @@ def predict(model, images, mean, std, batch_size=1000):
 
 # --- Checkpoints ----------------------------------------------------------------------------------
 
-FORMAT = 2  # of checkpoints; raise it whenever older code could not read them, newer code can
+FORMAT = 3  # of checkpoints; raise it whenever older code could not read them, newer code can
 HISTORY = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
-SIZE_LIMIT = 64 * 2**20  # bytes; a checkpoint has less than 1 MiB, a train split 46 MiB
+SIZE_LIMIT = 2**30  # bytes; a checkpoint of LeNet-5 has 1 MiB, a train split 46 MiB
 
 
 def write_file(path, data):
@@ -382,8 +583,9 @@ def write_file(path, data):
         Error: the file cannot be written; what was there before is untouched.
     """
     path = Path(os.path.realpath(path))
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may write this file, too
+    message = "cannot write {path}: {error} (what was there before is untouched)"
+    with refuse(path, message, OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as file:
@@ -394,10 +596,6 @@ def write_file(path, data):
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    except OSError as error:
-        raise Error(
-            f"cannot write {relative(path)}: {error.strerror} (what was there before is untouched)"
-        ) from error
 
 
 def save(obj, path):
@@ -413,57 +611,47 @@ def load(path):
     Raises:
         Error: the file is missing, too large, damaged, or holds more than tensors and plain values.
     """
-    path, shown = Path(path), relative(path)
-    try:
+    path = Path(path)
+    with refuse(path, "cannot read {path}: {error}"):
         if not path.is_file():
-            raise Error(f"{shown} {'is no file' if path.exists() else 'does not exist'}")
+            raise ValueError("it is no file" if path.exists() else "it does not exist")
         if path.stat().st_size > SIZE_LIMIT:
-            raise Error(f"{shown} is too large for a file of this project")
+            raise ValueError("it is too large for a file of this project")
         buffer = io.BytesIO(path.read_bytes())
-    except OSError as error:
-        raise Error(f"cannot read {shown}: {error.strerror}") from error
-    try:
+    with refuse(path, "{path} is damaged, or no file of this project"):
         # torch.save writes a zip archive, but torch.load does not verify its CRC-32 sums.
         with zipfile.ZipFile(buffer) as archive:
             size = sum(record.file_size for record in archive.infolist())
-            if size > SIZE_LIMIT or archive.testzip():
+            if size > buffer.getbuffer().nbytes or archive.testzip():  # torch does not compress
                 raise zipfile.BadZipFile
         buffer.seek(0)
         return torch.load(buffer, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can fail in any way, a hostile one in even more
-        raise Error(f"{shown} is damaged, or no file of this project") from error
 
 
 def load_checkpoint(path):
-    """Read a checkpoint: a dict with the keys that `train` in train.py writes.
+    """Read a checkpoint: a dict, which train.py calls a run, with values as it writes them.
 
     Raises:
         Error: as `load`; also if it is no checkpoint, or one from a newer format.
     """
-    checkpoint, shown = load(path), relative(path)
-    try:
-        if checkpoint["format"] > FORMAT:
-            raise Error(f"{shown} is of a newer version: update the project")
-        if not is_ours(checkpoint):
-            raise ValueError("a value that train.py cannot have written")
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise Error(f"{shown} is not a checkpoint of train.py ({error})") from error
-    return checkpoint
-
-
-def is_ours(checkpoint):
-    """Tell whether the values of `checkpoint` are such as train.py writes, or raise an error."""
-    history = checkpoint["history"]
-    return (
-        checkpoint["classes"] == CLASSES[checkpoint["dataset"]]
-        and 0 <= checkpoint["mean"] <= 1
-        and 0 < checkpoint["std"] <= 1
-        and 1 <= checkpoint["epoch"] == len(history)
-        and all(tuple(row) in (HISTORY, HISTORY[:4]) for row in history)  # the latter with --full
-        and all(row["epoch"] == i for i, row in enumerate(history, 1))
-        and all(math.isfinite(number) for row in history for number in row.values())
-        and isinstance(checkpoint["options"], dict)
-    )
+    run = load(path)
+    with refuse(path, "{path} is not a checkpoint of train.py ({error})"):
+        if run["format"] > FORMAT:
+            raise Error(f"{relative(path)} is of a newer version: update the project")
+        history = run["history"]
+        if not (
+            run["classes"] == DATASETS[run["dataset"]]["classes"]
+            and 0 <= run["mean"] <= 1
+            and 0 < run["std"] <= 1
+            and 1 <= run["epoch"] == len(history)
+            and all(tuple(row) in (HISTORY, HISTORY[:4]) for row in history)  # the latter if --full
+            and all(row["epoch"] == i for i, row in enumerate(history, 1))
+            and all(math.isfinite(number) for row in history for number in row.values())
+            and isinstance(run["options"], dict)
+            and all(isinstance(row, dict) for row in run.get("layers", []))
+        ):
+            raise ValueError("it has a value that train.py cannot have written")
+        return run | {"name": plain_name(run.get("name", run["dataset"]))}
 
 
 def best_epoch(history):
@@ -471,67 +659,85 @@ def best_epoch(history):
     return max(history, key=lambda row: row.get("val_accuracy", row["epoch"]))  # --full has none
 
 
+def restore(path, run, model, optimizers=()):
+    """Put the weights of `run`, read from `path`, into `model`, and its state into `optimizers`.
+
+    With optimizers, the random numbers go on where they were, too.
+
+    Raises:
+        Error: the run is of another network than `model`, or its state is not that of a run.
+    """
+    weights, rows = run["model"], layer_table(trace(model))
+    message = (
+        "{path} does not fit the network in model.py: {error}; change that back, or train anew"
+    )
+    with refuse(path, message):
+        for theirs, ours in itertools.zip_longest(run.get("layers", rows), rows, fillvalue={}):
+            for key in {**ours, **theirs}:
+                if theirs.get(key) != ours.get(key):
+                    name = ours.get("layer", theirs.get("layer"))
+                    raise ValueError(f"{name} has the {key} {ours.get(key)}, not {theirs.get(key)}")
+        wrong = [name for name, _ in kinds(weights).items() ^ kinds(model.state_dict()).items()]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is missing, unknown or of another shape")
+        for name, weight in weights.items():
+            if not weight.isfinite().all():
+                raise ValueError(f"{name} has values that are not finite")
+        small = {n: w.to(torch.int8) for n, w in weights.items() if w.is_floating_point()}
+        for copy in run.get("snapshots", []):
+            if not (
+                copy["epoch"] in range(run["epoch"] + 1)
+                and kinds(copy["weights"]) == kinds(small)
+                and copy["scales"].keys() == small.keys()
+                and all(map(math.isfinite, copy["scales"].values()))
+            ):
+                raise ValueError("its copies of earlier weights are wrong")
+    if optimizers:
+        with refuse(path, "{path} cannot be resumed: its state is wrong"):
+            for optimizer, saved in zip(optimizers, run["optimizers"], strict=True):
+                restore_optimizer(optimizer, saved)
+            torch.set_rng_state(run["random"])
+    model.load_state_dict(weights)
+
+
+def restore_optimizer(optimizer, saved):
+    """Put the state dict `saved` into `optimizer`, if it is such as this one has; else fail."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # makes a state to compare with, and changes the weights
+    ours = optimizer.state_dict()
+    for index, state in saved["state"].items():
+        if kinds(state) != kinds(ours["state"][index]):
+            raise ValueError("not the state of this optimizer")
+    optimizer.load_state_dict({**ours, "state": saved["state"]})  # peak rates stay ours
+
+
 def kinds(tensors):
     """Return what must agree before tensors, a dict by name, are copied into others."""
     return {name: (t.shape, t.dtype, t.layout, t.is_meta) for name, t in tensors.items()}
 
 
-def restore(model, checkpoint, path):
-    """Put the weights of `checkpoint`, read from `path`, into `model`.
-
-    Raises:
-        Error: names, shapes or types differ from the model's, or a weight is not finite.
-    """
-    weights, shown = checkpoint["model"], relative(path)
-    try:
-        wrong = [name for name, _ in kinds(weights).items() ^ kinds(model.state_dict()).items()]
-    except (AttributeError, TypeError) as error:
-        raise Error(f"{shown} is not a LeNet-5 ({error})") from error
-    if wrong:
-        raise Error(f"{shown} is not a LeNet-5: {wrong[0]} is missing, unknown or of another shape")
-    for name, weight in weights.items():
-        if not weight.isfinite().all():
-            raise Error(f"{shown} is useless: {name} has values that are not finite")
-    model.load_state_dict(weights)
-
-
-def restore_run(checkpoint, path, model, optimizers):
-    """Put everything back as it was when `checkpoint`, read from `path`, was written.
-
-    Raises:
-        Error: as `restore`; also if the state of the optimizers or of the random numbers is wrong.
-    """
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    try:
-        for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.step()  # makes a state to compare with; the weights are restored below
-            ours = optimizer.state_dict()
-            for index in ours["state"] | saved["state"]:
-                if kinds(saved["state"][index]) != kinds(ours["state"][index]):
-                    raise ValueError("not the state of this optimizer")
-            optimizer.load_state_dict({**ours, "state": saved["state"]})  # peak rates stay ours
-        torch.set_rng_state(checkpoint["random"])
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise Error(f"{relative(path)} cannot be resumed: its state is wrong") from error
-    restore(model, checkpoint, path)
-
-
-def newest(checkpoint_dir, dataset, name):
-    """Return the newest D/`name` below `checkpoint_dir`, D being `dataset` or any.
+def newest(args, file):
+    """Return path and contents of the newest checkpoint `file` among the runs that `args` name.
 
     Raises:
         Error: there is none.
     """
-    names = CLASSES if dataset == "auto" else [dataset]
-    paths = [path for each in names if (path := checkpoint_dir / each / name).exists()]
-    if not paths:
-        run = "run" if dataset == "auto" else f"run on {dataset}"
-        raise Error(
-            f"there is no {run} in {relative(checkpoint_dir)}: start one with train.py, or name "
-            f"with --checkpoint-dir the folder that has D/{name} of a run on data set D"
-        )
-    return max(paths, key=lambda path: path.stat().st_mtime)
+    folder = args.output_dir / "checkpoints"
+    paths = [folder / args.name / file] if args.name else folder.glob(f"*/{file}")
+    existing = [path for path in paths if path.exists()]
+    for path in sorted(existing, key=lambda path: path.stat().st_mtime, reverse=True):
+        run = load_checkpoint(path)
+        if args.dataset in ("auto", run["dataset"]):
+            run["name"] = path.parent.name  # the folder may have been copied or renamed
+            return path, run
+    named = f" named {args.name}" if args.name else ""
+    named += "" if args.dataset == "auto" else f" on {args.dataset}"
+    raise Unavailable(
+        f"there is no run{named} in {relative(folder)}: start one with train.py, or name with "
+        f"--output-dir the folder that has checkpoints/NAME/{file}"
+    )
 
 
 @contextlib.contextmanager
@@ -545,13 +751,12 @@ def claim(*folders):
         Error: another run is at work in one of them, or it cannot be written to.
     """
     with contextlib.ExitStack() as stack:
-        for folder in dict.fromkeys(map(relative, folders)):
-            try:
+        for folder in map(relative, folders):
+            message = "cannot write into {path}: {error}; name another folder with --output-dir"
+            with refuse(folder, message, OSError):
                 folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise Error(f"cannot make the folder {folder}: {error.strerror}") from error
-            if not os.access(folder, os.W_OK | os.X_OK):
-                raise Error(f"cannot write into the folder {folder}: choose another one")
+                if not os.access(folder, os.W_OK | os.X_OK):
+                    raise PermissionError("it is read-only")
             if fcntl is None:
                 continue
             try:
@@ -559,9 +764,13 @@ def claim(*folders):
                 stack.callback(os.close, descriptor)
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise Error(f"another run is at work in {folder}: wait, or name another") from None
+                raise Error(
+                    f"another run is at work in {folder}: wait, or --name this one"
+                ) from None
             except OSError:  # of a file system without locks
-                pass
+                continue
+            for left in folder.glob("*.*.*.tmp"):  # by a run that was killed while it wrote
+                left.unlink(missing_ok=True)
         yield
 
 
