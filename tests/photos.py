@@ -84,13 +84,13 @@ def recognised(kind, count, images, labels, folder):
     """Return which of `count` pictures of a kind the shipped weights recognise (bool, count)."""
     checkpoint = utils.load_checkpoint(ROOT / "checkpoints" / "lenet5-mnist.pt")
     model = judge.LeNet()
-    utils.restore(model, checkpoint, "lenet5-mnist.pt")
+    utils.restore("lenet5-mnist.pt", checkpoint, model)
     rng = np.random.default_rng(KINDS.index(kind))
     chosen, seen = rng.choice(len(labels), count, replace=False), []
     for i in chosen:
         photograph(images[i].numpy(), kind, rng).save(Path(folder) / "picture.png")
         try:
-            seen.append(judge.load_picture(Path(folder) / "picture.png", "MNIST"))
+            seen.append(judge.load_picture(Path(folder) / "picture.png", "MNIST")[-1])
         except utils.Error:  # it is refused, which is wrong too: nothing is on black
             seen.append(torch.zeros(28, 28, dtype=torch.uint8))
     logits = utils.predict(model, torch.stack(seen), checkpoint["mean"], checkpoint["std"])
@@ -109,4 +109,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    utils.run_script(main)
