@@ -1,6 +1,7 @@
 """Measure how fast train.py and test.py are on this machine, and print the README's table.
 
-python tests/benchmark.py    1 to 3 minutes; needs FashionMNIST in data/
+python tests/benchmark.py           1 to 3 minutes; needs FashionMNIST in data/
+python tests/benchmark.py --busy    what other processes cost, and what helps
 
 What the training is compared with is the loop that tutorials teach: a DataLoader whose data set
 pads each image and turns it into a tensor, AdamW, batches of 128. Both loops have the same network
@@ -76,17 +77,19 @@ def dataloader_loop(images, labels):
 
 def own_loop(images, labels, folder):
     """Return a function that trains for an epoch of `images` by train.py's own loop."""
-    args = train.parse_args(["--dataset=FashionMNIST", "--epochs=1", "--full"])
-    args.run_dir = args.picture_dir = Path(folder)
-    train.add_options_of_the_run(args, None)
-    model = LeNet().to(memory_format=torch.channels_last)
-    optimizers = train.make_optimizers(model, args.lr, args.weight_decay)
+    line = ["--dataset=FashionMNIST", "--epochs=1", "--full", f"--output-dir={folder}"]
+    args = train.parse_args(line)
+    run = {"name": "benchmark", "dataset": args.dataset, "options": args.options}
+    run |= {"classes": utils.CLOTHES, "mean": 0.29, "std": 0.35}
+    model = utils.prepare(LeNet(), 10, torch.device("cpu"))
+    optimizers = train.make_optimizers(model, run["options"]["lr"], 0.015)
 
-    def run():
+    def epoch():
         with contextlib.redirect_stdout(io.StringIO()):
-            train.train(args, model, optimizers, (images, labels), None, 0.29, 0.35, [])
+            new = run | {"history": []}
+            train.train(args, new, model, optimizers, (images, labels), None)
 
-    return run
+    return epoch
 
 
 def measure_loops(images, labels):
@@ -110,21 +113,20 @@ def measure_loops(images, labels):
     return tutorial * IMAGES / PART, own * IMAGES / PART, 2 * MATRIX**3 / product / 1e9
 
 
-def run_script(script, data_dir, folder, *options):
+def timed_script(script, data_dir, folder, *options):
     """Run a script as a user does; return its seconds and its output."""
-    folders = [f"--checkpoint-dir={folder}/runs", f"--image-dir={folder}/images"]
-    line = [sys.executable, ROOT / script, f"--data-dir={data_dir}", *folders, *options]
+    line = [sys.executable, ROOT / script, f"--data-dir={data_dir}", f"--output-dir={folder}"]
     start = time.perf_counter()
-    result = subprocess.run(line, check=True, capture_output=True, encoding="utf-8")
+    result = subprocess.run([*line, *options], check=True, capture_output=True, encoding="utf-8")
     return time.perf_counter() - start, result.stdout
 
 
 def judge(checkpoint, data_dir, repeats=1):
     """Return accuracy (0 to 1) on the full test set, and median seconds of its forward pass."""
     images, labels = utils.load_images(checkpoint["dataset"], data_dir, "test")
-    model = LeNet(num_classes=len(checkpoint["classes"]))
-    utils.restore(model, checkpoint, "the checkpoint")
-    model.to(memory_format=torch.channels_last)
+    classes = len(checkpoint["classes"])
+    model = utils.prepare(LeNet(classes), classes, torch.device("cpu"))
+    utils.restore("the checkpoint", checkpoint, model)
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -147,10 +149,49 @@ print("above:", memory("VmHWM") - before)
 """
     if not Path("/proc/self/status").exists():
         return "not measured here"
-    options = [f"--data-dir={data_dir}", f"--checkpoint-dir={folder}/m", f"--image-dir={folder}/m"]
-    line = [sys.executable, "-c", code, *options, "--dataset=FashionMNIST", "--epochs=1"]
+    options = [f"--data-dir={data_dir}", f"--output-dir={folder}/memory", "--epochs=1"]
+    line = [sys.executable, "-c", code, *options, "--dataset=FashionMNIST"]
     out = subprocess.run(line, check=True, capture_output=True, encoding="utf-8").stdout
     return f"{int(re.search(r'above: (.*)', out)[1]) * 1024 / 1e6:.0f} MB"
+
+
+BUSY = """
+import sys, time
+sys.path[:0] = [{tests!r}, {root!r}]
+import benchmark, torch
+images, labels = torch.randint(256, (10_000, 28, 28), dtype=torch.uint8), torch.arange(10_000) % 10
+epoch = benchmark.own_loop(images, labels, {folder!r})
+for turn in range(8):
+    start = time.perf_counter()
+    epoch()
+    print(time.perf_counter() - start if turn else "warm", flush=True)
+"""
+
+
+def busy_table():
+    """Print seconds for 10,000 images beside other processes, with several settings of OpenMP."""
+    settings = {
+        "libgomp's default": {"GOMP_SPINCOUNT": "300000"},
+        "`GOMP_SPINCOUNT=3000`, as train.py sets it": {"GOMP_SPINCOUNT": "3000"},
+        "one thread, `OMP_NUM_THREADS=1`": {"OMP_NUM_THREADS": "1"},
+    }
+    print(
+        "| 10,000 images, seconds | quiet | beside one process | beside two |\n|---|---:|---:|---:|"
+    )
+    for name, setting in settings.items():
+        cells = []
+        for others in range(3):
+            spin = [sys.executable, "-c", "while True: pass"]
+            busy = [subprocess.Popen(spin) for _ in range(others)]
+            with tempfile.TemporaryDirectory() as folder:
+                code = BUSY.format(tests=str(ROOT / "tests"), root=str(ROOT), folder=folder)
+                line = [sys.executable, "-c", code]
+                out = subprocess.run(line, env=os.environ | setting, capture_output=True, text=True)
+            for process in busy:
+                process.kill()
+                process.wait()
+            cells.append(f"{statistics.median(map(float, out.stdout.split()[1:])):.2f}")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 def processor():
@@ -165,19 +206,25 @@ def processor():
 def main():
     parser = argparse.ArgumentParser(description="Measure the speed of train.py and test.py.")
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="has FashionMNIST")
+    text = "measure steps of training beside other processes, and nothing else"
+    parser.add_argument("--busy", action="store_true", help=text)
     args = parser.parse_args()
+    if args.busy:
+        print(f"{processor()}; torch {torch.__version__}\n")
+        busy_table()
+        return
     images, labels = utils.load_images("FashionMNIST", args.data_dir, "train")
     utils.load_images("FashionMNIST", args.data_dir, "test")  # fills the cache
 
     tutorial, own, rate = measure_loops(images, labels)
     limit = OPERATIONS_PER_IMAGE * IMAGES / rate / 1e9
     with tempfile.TemporaryDirectory() as folder:
-        elapsed, out = run_script(
+        elapsed, out = timed_script(
             "train.py", args.data_dir, folder, "--dataset=FashionMNIST", "--epochs=1"
         )
         epoch = float(re.search(r"^ +1/1 .* ([\d.]+)  best", out, re.MULTILINE)[1])
-        best = utils.load_checkpoint(Path(folder, "runs", "FashionMNIST", "best.pt"))
-        tested, _ = run_script("test.py", args.data_dir, folder)
+        best = utils.load_checkpoint(Path(folder, "checkpoints", "FashionMNIST", "best.pt"))
+        tested, _ = timed_script("test.py", args.data_dir, folder)
         _, forward = judge(best, args.data_dir, repeats=5)
         memory = memory_of_training(args.data_dir, folder)
     rows = [
@@ -201,4 +248,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    utils.run_script(main)

@@ -1,10 +1,17 @@
-"""What the tests share: small runs on Glyphs, and the real archives where they are."""
+"""What the tests share: where a run has its files, small runs on Glyphs, scripts in a process."""
 
+import functools
 import importlib
 import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,19 +21,51 @@ from model import LeNet
 
 judge = importlib.import_module("test")  # a plain import is sorted among the standard library
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("model.py", "train.py", "test.py", "utils.py", "images/lenet5.html")
 ARCHIVES = [
     f"{split}-{kind}-ubyte.gz"
     for split in ("train", "t10k")
     for kind in ("images-idx3", "labels-idx1")
 ]
+TINY = ["--dataset=Glyphs", "--limit=300", "--epochs=3"]
+SMALL = [*TINY, "--limit=1500", "--epochs=4", "--batch-size=100", "--seed=0"]  # 15 steps an epoch
+# A proxy that refuses connections cuts the scripts off on every machine.
+OFFLINE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9") | {"no_proxy": ""}
+OFFLINE |= {"PYTHONUNBUFFERED": "", "PYTHONDONTWRITEBYTECODE": "1"}
+posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
 
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=12, help="how often test_crash.py kills its run")
 
 
+# --- Where a run has its files, and what is in them -----------------------------------------------
+
+
+def options(folder, data_dir):
+    return [f"--data-dir={data_dir}", f"--output-dir={folder}", "--device=cpu"]
+
+
+def run_dir(folder, dataset="Glyphs"):
+    return folder / "checkpoints" / dataset
+
+
+def picture_dir(folder, dataset="Glyphs"):
+    return folder / "images" / dataset
+
+
 def load(folder, name):
-    return utils.load_checkpoint(folder / "checkpoints" / "Glyphs" / name)
+    return utils.load_checkpoint(run_dir(folder) / name)
+
+
+def network(checkpoint, path=None):
+    """LeNet with the weights of `checkpoint`, checked as the scripts do if it came from `path`."""
+    model = LeNet(num_classes=len(checkpoint["classes"]))
+    if path:
+        utils.restore(path, checkpoint, model)
+    else:
+        model.load_state_dict(checkpoint["model"])
+    return model
 
 
 def files(folder):
@@ -37,7 +76,7 @@ def expect_same_run(one, other):
     """All that a run leaves behind, bit for bit."""
     for name in ("best.pt", "last.pt"):
         assert flatten(load(one, name)) == flatten(load(other, name))
-    csvs = [(folder / "images" / "Glyphs" / "metrics.csv").read_bytes() for folder in (one, other)]
+    csvs = [(picture_dir(folder) / "metrics.csv").read_bytes() for folder in (one, other)]
     assert csvs[0] == csvs[1]
 
 
@@ -52,13 +91,34 @@ def flatten(value):
     return value
 
 
-def options(folder, data_dir):
-    return [
-        f"--data-dir={data_dir}",
-        f"--checkpoint-dir={folder / 'checkpoints'}",
-        f"--image-dir={folder / 'images'}",
-        "--device=cpu",
-    ]
+def printed_rows(out):
+    """The table of the epochs as lists of words, such as ["2/20", "1.39e-02", ..., "77.18%"]."""
+    return [line.split() for line in out.splitlines() if re.match(r" *\d+/\d+ ", line)]
+
+
+def damage(content, how, place=None):
+    """Return `content` (bytes) damaged in one of the ways DAMAGE, in the middle or at `place`."""
+    flipped = bytearray(content)
+    flipped[len(content) // 2 if place is None else place // 8] ^= 1 << (place or 0) % 8
+    ways = {"truncated": content[:-1], "flipped bit": bytes(flipped), "empty": b"", "text": b"<p>"}
+    return ways[how]
+
+
+DAMAGE = ["truncated", "flipped bit", "empty", "text"]
+
+
+def random_images(count):
+    generator = torch.Generator().manual_seed(count)
+    return torch.randint(256, (count, 28, 28), dtype=torch.uint8, generator=generator)
+
+
+def look_up(tiles, tile):
+    """Tell whether `tile` (H x W) is to be seen somewhere in the array `tiles`."""
+    windows = np.lib.stride_tricks.sliding_window_view(tiles, tile.shape)
+    return bool((np.abs(windows - tile).max(axis=(2, 3)) < 1e-5).any())
+
+
+# --- Data and runs --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -68,31 +128,69 @@ def glyphs_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def few_glyphs(tmp_path_factory, glyphs_dir):
+    """A data folder with 600 training and 200 test images of Glyphs."""
+    folder = tmp_path_factory.mktemp("few")
+    for split, count in (("train", 600), ("test", 200)):
+        images, labels = utils.load_images("Glyphs", glyphs_dir, split)
+        few = {"images": images[:count], "labels": labels[:count]}
+        utils.save(few, folder / "Glyphs" / f"{split}-v{utils.CACHE_VERSION}.pt")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def start(glyphs_dir):
     """Run train.py here, with its files in a folder and maybe Ctrl-C in training step `stop_at`."""
 
     def start(folder, *line, stop_at=None):
-        forward, steps = LeNet.forward, []
+        batches, steps = utils.batches, []
 
-        def interrupted(model, x):
-            steps.append(model.training)
-            if sum(steps) == stop_at:
-                raise KeyboardInterrupt
-            return forward(model, x)
+        def interrupted(*args, **how):
+            for batch in batches(*args, **how):
+                steps.append(batch)
+                if len(steps) == stop_at:
+                    raise KeyboardInterrupt
+                yield batch
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(LeNet, "forward", interrupted)
-            return train.main([*options(folder, glyphs_dir), *line])
+            patch.setattr(utils, "batches", interrupted)
+            try:
+                return train.main([*options(folder, glyphs_dir), *line])
+            except KeyboardInterrupt as stop:  # as utils.run_script does
+                print(f"Stopped: {stop}", file=sys.stderr)
+                return 130
 
     return start
 
 
 @pytest.fixture(scope="session")
 def glyphs_run(tmp_path_factory, start):
-    """The folder of a run of 3 epochs on all of Glyphs, with its checkpoints and images."""
+    """The folder of a run of 3 epochs on 8,000 digits, with its checkpoints and images."""
     folder = tmp_path_factory.mktemp("run")
-    assert start(folder, "--dataset=Glyphs", "--epochs=3") == 0
+    line = ["--limit=8000", "--batch-size=40", "--epochs=3"]
+    assert start(folder, "--dataset=Glyphs", *line) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory, start):
+    """The folder of a small run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("small")
+    assert start(folder, *SMALL) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stopped_run(tmp_path_factory, start):
+    folder = tmp_path_factory.mktemp("stopped")
+    assert start(folder, *SMALL, stop_at=31) == 130
+    return folder
+
+
+@pytest.fixture
+def stopped(tmp_path, stopped_run):
+    """The folder of the same run, stopped after two of its four epochs; it may be changed."""
+    return shutil.copytree(stopped_run, tmp_path / "stopped")
 
 
 @pytest.fixture(scope="session")
@@ -110,3 +208,90 @@ def real_data(tmp_path_factory):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source / path, folder / path)
     return folder
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The matplotlib figures that are saved, by the name of their file."""
+    figures, save = {}, utils.save_figure
+
+    def keep(figure, path, **how):
+        figures[path.name] = figure
+        save(figure, path, **how)
+
+    monkeypatch.setattr(utils, "save_figure", keep)
+    return figures
+
+
+# --- Scripts --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Start a script, in another folder than its own; what still runs is killed after the test."""
+    processes = []
+
+    def start(script, *line, env=os.environ, more=None, cwd=tmp_path, prepare=None):
+        how = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE) | {"preexec_fn": prepare}
+        line = [sys.executable, script, *line]
+        process = subprocess.Popen(
+            line, text=True, env=env | OFFLINE | (more or {}), cwd=cwd, **how
+        )
+        patience = threading.Timer(120, process.kill)  # who reads its output then goes on
+        patience.start()
+        processes.append((process, patience))
+        return process
+
+    yield start
+    for process, patience in processes:
+        patience.cancel()
+        process.kill()
+        process.communicate()
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    assert "Traceback" not in err
+    return process.returncode, out, err
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the scripts, in a path with spaces and umlauts."""
+    folder = tmp_path / "Übung 1, größer" / "lenet"
+    (folder / "images").mkdir(parents=True)
+    for name in SCRIPTS:
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """Run `main` as its script does; return the exit status, standard output and error."""
+
+    def run(main, *line):
+        monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, line)])
+        monkeypatch.setattr(signal, "signal", lambda *_: None)
+        with pytest.raises((SystemExit, KeyboardInterrupt)) as caught:
+            utils.run_script(main)
+        return caught.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refused(run_script):
+    """Run `main` as its script does, expect one line and status 2, and return that line."""
+
+    def run(main, *line):
+        status, out, err = run_script(main, *line)
+        assert (status, out) == (2, ""), err
+        assert re.fullmatch(rf"{main.__module__}\.py: error: .*\n", err)
+        return err
+
+    return run
+
+
+def with_ctrl_c():
+    """For `prepare`: a background shell ignores Ctrl-C, and its children would inherit that."""
+    return functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)

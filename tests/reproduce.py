@@ -4,9 +4,9 @@ python tests/reproduce.py                                  the default recipe on
 python tests/reproduce.py --recipe long --full --dataset MNIST --jobs 2
 python tests/reproduce.py --recipe muon --seeds 3          a step of the ablation
 
-The single results go to images/results.csv and from there into images/ablation.png. The weights of
-each run stay in checkpoints/reproduce/. --jobs trains as many seeds at once, each on its share of
-the cores.
+With --save the single results go to images/results.csv, and from there into images/ablation.png.
+The weights of each run stay in checkpoints/reproduce/. --jobs trains as many seeds at once, each on
+its share of the cores.
 """
 
 import argparse
@@ -77,11 +77,11 @@ def train_and_judge(run, data_dir, threads):
     else:
         options.append(f"--recipe={run['recipe']}")
     options += ["--full"] if run["full"] else []
-    options += [f"--data-dir={data_dir}", f"--checkpoint-dir={folder}", f"--image-dir={folder}"]
+    options += [f"--data-dir={data_dir}", f"--output-dir={folder}"]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("w") as log, contextlib.redirect_stdout(log):
         train.main(options)
-    best = utils.load_checkpoint(folder / run["dataset"] / "best.pt")
+    best = utils.load_checkpoint(folder / "checkpoints" / run["dataset"] / "best.pt")
     return run | {
         "best_epoch": best["epoch"],
         "val_accuracy": best["history"][-1].get("val_accuracy", ""),
@@ -130,7 +130,8 @@ def command(run):
 
 
 def epochs_of(recipe):
-    return train.RECIPES["default" if recipe in STEPS else recipe]["epochs"]
+    recipe = "default" if recipe in STEPS else recipe
+    return train.parse_args([f"--recipe={recipe}"]).options["epochs"]
 
 
 def summary(rows):
@@ -174,11 +175,12 @@ def plot_ablation(results, path):
 def main():
     parser = argparse.ArgumentParser(description="Train and judge several seeds of a recipe.")
     parser.add_argument("--recipe", choices=tuple(LABELS), default="default")
-    parser.add_argument("--dataset", choices=tuple(utils.CLASSES), default="FashionMNIST")
+    parser.add_argument("--dataset", choices=tuple(utils.DATASETS), default="FashionMNIST")
     parser.add_argument("--epochs", type=utils.number(int, 1), help="instead of the recipe's")
     parser.add_argument("--full", action="store_true", help="train on the validation split too")
     parser.add_argument("--seeds", type=utils.number(int, 1), default=5, help="0 to SEEDS - 1")
     parser.add_argument("--jobs", type=utils.number(int, 1), default=1, help="seeds at once")
+    parser.add_argument("--save", action="store_true", help="replace these rows of results.csv")
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data")
     args = parser.parse_args()
 
@@ -194,14 +196,10 @@ def main():
         for result in waiting:
             chosen.append(result.get())
             print(f"seed {chosen[-1]['seed']}: {chosen[-1]['test_accuracy']:.2%}", flush=True)
-    others = [
-        row
-        for row in read_results()
-        if (row["dataset"], row["recipe"], row["full"], row["epochs"])
-        != (args.dataset, args.recipe, args.full, epochs)
-    ]
-    write_results([*others, *chosen])
-    plot_ablation(read_results(), ROOT / "images" / "ablation.png")
+    if args.save:
+        kept = [row for row in read_results() if any(row[key] != runs[0][key] for key in KEYS[:-1])]
+        write_results([*kept, *chosen])
+        plot_ablation(read_results(), ROOT / "images" / "ablation.png")
     print(f"\n{processor()}; torch {torch.__version__}\n")
     print("| data set | command | epochs | validation | test, mean ± s.d. | seeds |")
     print("|---|---|---:|---:|---:|---:|")
@@ -209,4 +207,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    utils.run_script(main)

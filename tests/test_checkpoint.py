@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import flatten, load
+from conftest import damage, flatten, load, network, run_dir
 
 import utils
 from model import LeNet
@@ -30,7 +30,7 @@ def path(tmp_path):
 
 def refuse(path, match):
     with pytest.raises(utils.Error, match=match) as caught:
-        utils.restore(LeNet(), utils.load_checkpoint(path), path)
+        network(utils.load_checkpoint(path), path)
     assert path.name in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -40,25 +40,22 @@ def test_round_trip(path, glyphs_run):
     utils.save(checkpoint, path)
     loaded = utils.load_checkpoint(path)
     assert flatten(loaded) == flatten(checkpoint)
-    utils.restore(model := LeNet(), loaded, path)
-    assert flatten(dict(model.state_dict())) == flatten(dict(checkpoint["model"]))
+    assert flatten(dict(network(loaded, path).state_dict())) == flatten(dict(checkpoint["model"]))
     assert [p.name for p in path.parent.iterdir()] == ["best.pt"]
 
 
 @pytest.mark.parametrize("name", ["best.pt", "last.pt"])
 def test_damage_is_noticed_or_has_no_effect(path, glyphs_run, name):
-    content = (glyphs_run / "checkpoints" / "Glyphs" / name).read_bytes()
+    content = (run_dir(glyphs_run) / name).read_bytes()
     whole, rng = flatten(load(glyphs_run, name)), random.Random(0)
     for size in [*(len(content) * i // 12 for i in range(12)), len(content) - 1]:
         path.write_bytes(content[:size])
         refuse(path, "damaged")
-    places = [rng.randrange(len(content)) for _ in range(20)]
+    places = [rng.randrange(8 * len(content)) for _ in range(20)]
     # The data is most of the file; these are its directory.
-    places += [len(content) - 1 - rng.randrange(len(content) // 20) for _ in range(20)]
+    places += [8 * len(content) - 1 - rng.randrange(len(content) // 3) for _ in range(20)]
     for place in places:
-        flipped = bytearray(content)
-        flipped[place] ^= 1 << rng.randrange(8)
-        path.write_bytes(flipped)
+        path.write_bytes(damage(content, "flipped bit", place))
         try:
             assert flatten(utils.load_checkpoint(path)) == whole
         except utils.Error as error:
@@ -100,27 +97,42 @@ def test_what_is_no_checkpoint_at_all_is_refused(path):
 
 
 WEIGHTS = LeNet().state_dict()
-HOSTILE = [
-    ({"format": utils.FORMAT + 1}, "update the project"),
-    ({"dataset": "../../home"}, "not a checkpoint"),
-    ({"dataset": "FashionMNIST"}, "not a checkpoint"),  # its classes are others
-    ({"mean": math.nan}, "not a checkpoint"),
-    ({"std": 0.0}, "not a checkpoint"),
-    ({"epoch": 0, "history": []}, "not a checkpoint"),
-    ({"epoch": 1, "history": [dict.fromkeys(utils.HISTORY, "high")]}, "not a checkpoint"),
-    ({"options": []}, "not a checkpoint"),
-    ({"model": LeNet().double().state_dict()}, "not a LeNet-5"),
-    ({"model": LeNet().to("meta").state_dict()}, "not a LeNet-5"),
-    ({"model": LeNet(num_classes=7).state_dict()}, "not a LeNet-5: f7.* of another shape"),
-    ({"model": WEIGHTS | {"f8": torch.ones(1)}}, "f8 is missing, unknown"),
-    ({"model": WEIGHTS | {"f7.bias": 3}}, "not a LeNet-5"),
-    ({"model": WEIGHTS | {"f7.bias": torch.full([10], torch.nan)}}, "f7.bias has values that are"),
-    ({"model": WEIGHTS | {"f7.bias": torch.ones(10).to_sparse()}}, "f7.bias is missing, unknown"),
-    ({"model": WEIGHTS | {"f7.bias": torch.ones(1).expand(10**6, 10**6)}}, "f7.bias is missing"),
-]
+HOSTILE = {
+    "newer format": ({"format": utils.FORMAT + 1}, "update the project"),
+    "path as data set": ({"dataset": "../../home"}, "not a checkpoint"),
+    "other classes": ({"dataset": "FashionMNIST"}, "not a checkpoint"),  # its classes are others
+    "nan mean": ({"mean": math.nan}, "not a checkpoint"),
+    "std of 0": ({"std": 0.0}, "not a checkpoint"),
+    "no epochs": ({"epoch": 0, "history": []}, "not a checkpoint"),
+    "history of words": (
+        {"epoch": 1, "history": [dict.fromkeys(utils.HISTORY, "high")]},
+        "not a checkpoint",
+    ),
+    "list of options": ({"options": []}, "not a checkpoint"),
+    "double": ({"model": LeNet().double().state_dict()}, "does not fit the network"),
+    "meta": ({"model": LeNet().to("meta").state_dict()}, "does not fit the network"),
+    "7 classes": (
+        {"model": LeNet(num_classes=7).state_dict()},
+        "does not fit .*: f7.* of another shape",
+    ),
+    "unknown weight": ({"model": WEIGHTS | {"f8": torch.ones(1)}}, "f8 is missing, unknown"),
+    "weight is a number": ({"model": WEIGHTS | {"f7.bias": 3}}, "does not fit the network"),
+    "nan weight": (
+        {"model": WEIGHTS | {"f7.bias": torch.full([10], torch.nan)}},
+        "f7.bias has values that are",
+    ),
+    "sparse weight": (
+        {"model": WEIGHTS | {"f7.bias": torch.ones(10).to_sparse()}},
+        "f7.bias is missing, unknown",
+    ),
+    "huge weight": (
+        {"model": WEIGHTS | {"f7.bias": torch.ones(1).expand(10**6, 10**6)}},
+        "f7.bias is missing",
+    ),
+}
 
 
-@pytest.mark.parametrize(("changes", "match"), HOSTILE)
+@pytest.mark.parametrize(("changes", "match"), HOSTILE.values(), ids=HOSTILE)
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 def test_what_train_py_cannot_have_written_is_refused(path, glyphs_run, changes, match):
     utils.save(load(glyphs_run, "best.pt") | changes, path)
@@ -139,12 +151,24 @@ def test_write_that_fails_leaves_the_old_file(path, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == ["best.pt"]
 
 
-def test_newest_run_is_found(tmp_path):
-    for age, dataset in enumerate(("Elsewhere", "MNIST", "Glyphs", "FashionMNIST")):
-        path = tmp_path / dataset / "best.pt"
-        utils.write_file(path, b"")
-        os.utime(path, (1000 - age, 1000 - age))
-    assert utils.newest(tmp_path, "auto", "best.pt") == tmp_path / "MNIST" / "best.pt"
-    assert utils.newest(tmp_path, "Glyphs", "best.pt") == tmp_path / "Glyphs" / "best.pt"
-    with pytest.raises(utils.Error, match="there is no run in"):
-        utils.newest(tmp_path, "auto", "last.pt")
+def test_file_is_on_the_disk_before_it_takes_the_old_ones_place(path, monkeypatch):
+    real, sizes = os.fsync, []
+
+    def fsync(descriptor):
+        sizes.append((os.fstat(descriptor).st_size, path.read_bytes()))
+        real(descriptor)
+
+    utils.write_file(path, b"old")
+    monkeypatch.setattr("os.fsync", fsync)
+    utils.write_file(path, b"new one")
+    assert sizes == [(7, b"old")]
+    assert path.read_bytes() == b"new one"
+
+
+def test_unreadable_file_is_refused(path, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied")
+
+    path.write_bytes(b"secret")
+    monkeypatch.setattr("pathlib.Path.read_bytes", denied)
+    refuse(path, f"cannot read {path}: Permission denied")

@@ -12,7 +12,7 @@ import signal
 import sys
 
 import pytest
-from conftest import ROOT, expect_same_run, options
+from conftest import ROOT, expect_same_run, options, run_dir
 
 import train
 import utils
@@ -53,7 +53,7 @@ def work(line, log, run, fatal):
     fsync = os.fsync
     os.fsync = lambda descriptor: (count(), fsync(descriptor))  # written, but still to be renamed
     sys.addaudithook(audit)
-    utils.run(train.main)
+    utils.run_script(train.main)
 
 
 def expect_whole_files(folder):
@@ -69,7 +69,7 @@ def test_run_that_is_killed_again_and_again(tmp_path, context, glyphs_dir, start
     run, whole_run = tmp_path / "run", tmp_path / "whole"
     assert start(whole_run, *RUN) == 0
     while True:
-        resume = (run / "checkpoints" / "Glyphs" / "last.pt").exists()
+        resume = (run_dir(run) / "last.pt").exists()
         line = [*(["--resume"] if resume else RUN), *options(run, glyphs_dir)]
         fatal = rng.choice([0, rng.randint(1, 40)]) if kills else 0
         process = context.Process(
@@ -80,6 +80,7 @@ def test_run_that_is_killed_again_and_again(tmp_path, context, glyphs_dir, start
             process.join(rng.uniform(0, 1.5))
             process.kill()
         process.join(60)
+        assert process.exitcode is not None, "it hangs"
         expect_whole_files(run)
         if process.exitcode == -signal.SIGKILL:
             kills -= 1

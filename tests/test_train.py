@@ -1,54 +1,157 @@
-"""Training: it learns, it is repeatable, and it goes on where it was interrupted."""
+"""Training: what it computes, step by step; what it prints, saves and draws."""
 
 import csv
 import io
+import itertools
 import math
 import re
-import shutil
 
 import pytest
 import torch
-from conftest import expect_same_run, files, flatten, judge, load, options
+import torch.nn.functional as F
+from conftest import (
+    SMALL,
+    TINY,
+    expect_same_run,
+    files,
+    flatten,
+    judge,
+    load,
+    network,
+    options,
+    picture_dir,
+    printed_rows,
+    run_dir,
+)
 
 import train
 import utils
 from model import LeNet
 
-SMALL = ["--dataset=Glyphs", "--limit=1500", "--epochs=4", "--batch-size=100"]
-TINY = ["--dataset=Glyphs", "--limit=300", "--epochs=3"]
+# --- What it computes -----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def small_run(tmp_path_factory, start):
-    """The folder of a small run that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("small")
-    assert start(folder, *SMALL) == 0
-    return folder
+def plain_training(train_set, val_set, epochs, lr, decay, mirror, shift, smoothing, batch, seed):
+    """Train in the plainest PyTorch; yield after each epoch its row of the history and the weights.
+
+    What is here is the algorithm; the random numbers alone are drawn as `utils.batches` does.
+    """
+    (images, labels), (val_images, val_labels) = train_set, val_set
+    pixels = images.double() / 255
+    mean, std = pixels.mean().item(), pixels.std(correction=0).item()
+    count, step = len(labels), 0
+    steps = epochs * math.ceil(count / batch)
+    torch.manual_seed(seed)
+    model = LeNet()
+    hidden = {model.c1.weight, model.c3.weight, model.c5.weight, model.f6.weight}
+    momentum = {weight: torch.zeros_like(weight) for weight in hidden}
+    adamw = torch.optim.AdamW(set(model.parameters()) - hidden)
+    for epoch in itertools.count(1):
+        order, mirrored = torch.randperm(count), torch.rand(count) < 0.5
+        top, left = torch.randint(2 * shift + 1, (2, count))
+        if not mirror:  # digits: their strokes are made thicker (above 0) or thinner by this share
+            thicker = torch.randint(-1, 2, (count,)) * torch.rand(count)
+        total_loss = total_right = 0
+        for first in range(0, count, batch):
+            share, past = 0.04 + 0.48 * (1 - math.cos(math.pi * step / steps / 0.3)), step / steps
+            if past >= 0.3:
+                share = 0.5 * (1 + math.cos(math.pi * (past - 0.3) / 0.7))
+            x = torch.full([min(batch, count - first), 1, 32, 32], -mean / std)
+            for i, at in enumerate(range(first, first + len(x))):
+                image = images[order[at]]
+                image = image.flip(1) if mirror and mirrored[at] else image
+                image = F.pad(image, [2 + shift] * 4)[top[at] :, left[at] :][:32, :32]
+                x[i, 0] = (image / 255 - mean) / std
+                if not mirror:
+                    sign = 1 if thicker[at] > 0 else -1
+                    extreme = sign * F.max_pool2d(sign * x[i], 3, stride=1, padding=1)
+                    x[i] += thicker[at].abs() * (extreme - x[i])
+            y = labels[order[first : first + batch]]
+            logits = model(x)
+            model.zero_grad()
+            F.cross_entropy(logits, y, label_smoothing=smoothing).backward()
+            total_loss += F.cross_entropy(logits, y, reduction="sum").item()
+            total_right += (logits.argmax(1) == y).sum().item()
+            with torch.no_grad():
+                for w in hidden:
+                    momentum[w] = 0.95 * momentum[w] + 0.05 * w.grad
+                    u = (0.95 * momentum[w] + 0.05 * w.grad).flatten(1)
+                    u = u / u.norm()
+                    for _ in range(3):
+                        a = u @ u.T
+                        u = 3.4445 * u + (-4.7750 * a + 2.0315 * a @ a) @ u
+                    u = u * math.sqrt(max(1, len(u) / u.shape[1]))
+                    w.copy_((1 - share * lr * decay) * w - share * lr * u.view_as(w))
+            adamw.param_groups[0].update(lr=share * lr / 2, weight_decay=2 * decay)
+            adamw.step()
+            step += 1
+        row = {"epoch": epoch, "lr": share * lr}
+        row |= {"train_loss": total_loss / count, "train_accuracy": total_right / count}
+        if val_set[0] is not None:
+            with torch.no_grad():
+                logits = model((F.pad(val_images, [2] * 4)[:, None] / 255 - mean) / std)
+            row["val_loss"] = F.cross_entropy(logits, val_labels).item()
+            row["val_accuracy"] = (logits.argmax(1) == val_labels).double().mean().item()
+        yield row, model.state_dict()
 
 
-@pytest.fixture(scope="module")
-def stopped_run(tmp_path_factory, start):
-    folder = tmp_path_factory.mktemp("stopped")
-    assert start(folder, *SMALL, stop_at=31) == 130
-    return folder
+DEFAULT = dict(epochs=20, lr=0.05, decay=0.015, shift=0, smoothing=0.0, batch=256, seed=0)
+LONG = DEFAULT | dict(epochs=150, decay=0.01, shift=1, smoothing=0.05)
+CLOTHES, DIGITS = dict(mirror=True), dict(mirror=False, shift=1)
+VALUES = ("epochs", "lr", "decay", "batch", "seed")  # in the order of the options' names below
+OWN = "--epochs=4 --lr=0.1 --weight-decay=0.2 --batch-size=170 --seed=7"
+OWN_VALUES = dict(epochs=4, lr=0.1, decay=0.2, batch=170, seed=7)
+RUNS = {  # the command line after --dataset, what it stands for, and how many epochs are looked at
+    "clothes": ("FashionMNIST", DEFAULT | CLOTHES, 2),
+    "clothes, long": ("FashionMNIST --recipe=long", LONG | CLOTHES, 2),
+    "digits": ("MNIST", DEFAULT | DIGITS, 2),
+    "digits, long, full": ("MNIST --recipe=long --full", LONG | DIGITS, 2),
+    "clothes, own options": (f"FashionMNIST {OWN}", DEFAULT | CLOTHES | OWN_VALUES, 4),
+    "glyphs, own options": (f"Glyphs {OWN}", DEFAULT | DIGITS | OWN_VALUES, 4),
+}
 
 
-@pytest.fixture
-def stopped(tmp_path, stopped_run):
-    """The folder of the same run, stopped after two of its four epochs; it may be changed."""
-    return shutil.copytree(stopped_run, tmp_path / "stopped")
+@pytest.mark.parametrize(("line", "values", "epochs"), RUNS.values(), ids=RUNS)
+def test_training_is_what_plain_pytorch_computes(
+    tmp_path, start, glyphs_dir, monkeypatch, capsys, line, values, epochs
+):
+    """On 1,200 digits in place of each data set; the first epochs, or the whole run."""
+    images, labels = utils.load_images("Glyphs", glyphs_dir, "train")
+    images, labels = data = images[:1200], labels[:1200]
+    monkeypatch.setattr(utils, "load_images", lambda *_: data)
+    splits = (data, (None, None)) if "--full" in line else utils.split_train_validation(*data)
+    steps = math.ceil(len(splits[0][1]) / values["batch"])
+    stop_at = epochs * steps + 1 if epochs < values["epochs"] else None
+    line = f"--dataset={line}".split()
+    assert start(tmp_path, *line, stop_at=stop_at) == (130 if stop_at else 0)
+
+    printed = printed_rows(capsys.readouterr().out)
+    last = utils.load_checkpoint(run_dir(tmp_path, line[0][10:]) / "last.pt")
+    names = dict(zip(("epochs", "lr", "weight_decay", "batch_size", "seed"), VALUES))
+    assert {name: last["options"][name] for name in names} == {
+        n: values[v] for n, v in names.items()
+    }
+    plain = itertools.islice(plain_training(*splits, **values), epochs)
+    rows, weights = zip(*plain)
+    for row, words, expected in zip(last["history"], printed, rows, strict=True):
+        assert row == pytest.approx(expected, rel=2e-3, abs=4e-3)  # an image or two, on some CPUs
+        assert row["lr"] == pytest.approx(expected["lr"])
+        shown = [f"{row['epoch']}/{values['epochs']}", f"{row['lr']:.2e}"]
+        for split in ("train", "val")[: len(row) // 2 - 1]:
+            shown += [f"{row[f'{split}_loss']:.4f}", f"{row[f'{split}_accuracy']:.2%}"]
+        assert words[: len(shown)] == shown
+    for name, weight in weights[-1].items():
+        limit = 1e-5 if stop_at else 2e-4  # what rounding makes of more and larger steps
+        torch.testing.assert_close(last["model"][name], weight, rtol=0, atol=limit)
 
 
-def change_last(folder, change):
-    last = load(folder, "last.pt")
-    change(last)
-    utils.save(last, folder / "checkpoints" / "Glyphs" / "last.pt")
+# --- That it learns -------------------------------------------------------------------------------
 
 
 def test_two_epochs_on_real_data_reach_83_percent(real_data, tmp_path):
     line = ["--dataset=FashionMNIST", "--epochs=2", *options(tmp_path, real_data)]
     assert train.main(line) == 0
-    best = utils.load_checkpoint(tmp_path / "checkpoints" / "FashionMNIST" / "best.pt")
+    best = utils.load_checkpoint(run_dir(tmp_path, "FashionMNIST") / "best.pt")
     assert best["history"][-1]["val_accuracy"] > 0.83
 
 
@@ -57,39 +160,6 @@ def test_run_learns_glyphs_in_three_epochs(glyphs_run):
     assert len(history) == 3
     assert history[-1]["val_accuracy"] > 0.9
     assert history[-1]["train_loss"] < history[0]["train_loss"] / 2
-
-
-def test_checkpoints_and_metrics_say_what_was_done(small_run):
-    best, last = load(small_run, "best.pt"), load(small_run, "last.pt")
-    for checkpoint in (best, last):
-        assert checkpoint["format"] == utils.FORMAT
-        assert checkpoint["dataset"] == "Glyphs"
-        assert checkpoint["classes"] == list("0123456789")
-        assert checkpoint["options"].keys() == {*train.OPTIONS}
-        assert checkpoint["options"]["limit"] == 1500
-        assert checkpoint["torch"] == str(torch.__version__)
-        assert len(checkpoint["history"]) == checkpoint["epoch"]
-    assert last["epoch"] == 4
-    assert last.keys() - best.keys() == {"optimizers", "random"}
-    accuracies = [row["val_accuracy"] for row in last["history"]]
-    assert best["epoch"] == accuracies.index(max(accuracies)) + 1
-    folder = small_run / "images" / "Glyphs"
-    rows = csv.DictReader(io.StringIO((folder / "metrics.csv").read_text(encoding="utf-8")))
-    assert [{key: float(value) for key, value in row.items()} for row in rows] == last["history"]
-    assert (folder / "metrics.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_best_weights_have_the_accuracy_of_the_best_epoch(small_run, glyphs_dir):
-    best, data = load(small_run, "best.pt"), utils.load_images("Glyphs", glyphs_dir, "train")
-    (train_images, _), (images, labels) = utils.split_train_validation(*data)
-    pixels = best["mean"], best["std"]
-    assert pixels == utils.pixel_statistics(train_images)
-    utils.restore(model := LeNet(), best, "best.pt")
-    logits, row = utils.predict(model, images[:1500], *pixels), best["history"][-1]
-    right = (logits.argmax(dim=1) == labels[:1500]).float()
-    assert right.mean() == row["val_accuracy"]
-    loss = torch.nn.functional.cross_entropy(logits, labels[:1500]).item()
-    assert loss == pytest.approx(row["val_loss"], rel=1e-5)
 
 
 def test_same_seed_same_weights_other_seed_other_weights(tmp_path, small_run, start):
@@ -101,143 +171,185 @@ def test_same_seed_same_weights_other_seed_other_weights(tmp_path, small_run, st
     assert weights[0] != weights[1]
 
 
-@pytest.mark.parametrize("epoch", [1, 2, 4])
-def test_resume_after_an_interrupt_ends_with_the_same_run(
-    tmp_path, small_run, glyphs_dir, start, capsys, epoch
-):
-    assert start(tmp_path, *SMALL, stop_at=15 * epoch - 7) == 130  # amid the epoch's 15 steps
-    err = capsys.readouterr().err
-    if epoch == 1:
-        assert "no epoch was saved yet" in err
-        with pytest.raises(utils.Error, match="no run"):
-            start(tmp_path, "--resume")
-        return
-    assert f"epoch {epoch - 1} is saved" in err
-    assert f"--resume --dataset Glyphs --data-dir {glyphs_dir}" in err
-    assert len(load(tmp_path, "last.pt")["history"]) == epoch - 1
-    assert start(tmp_path, "--resume") == 0
-    expect_same_run(tmp_path, small_run)
+SHORT = ("--limit=1 --batch-size=1", "--limit=1 --epochs=2", "--limit=5 --batch-size=2")
 
 
-@pytest.mark.parametrize("option", [*(f"--recipe={name}" for name in train.RECIPES), "--full"])
-def test_every_recipe_resumes_to_the_same_run(tmp_path, start, option):
-    assert start(tmp_path / "straight", *TINY, option) == 0
-    assert start(tmp_path / "stopped", *TINY, option, stop_at=5) == 130
-    assert start(tmp_path / "stopped", "--resume") == 0
-    expect_same_run(tmp_path / "straight", tmp_path / "stopped")
+@pytest.mark.parametrize("line", SHORT)
+def test_very_short_runs_work(tmp_path, start, line):
+    assert start(tmp_path, "--dataset=Glyphs", "--epochs=1", *line.split()) == 0
+    limit, epochs = (int(line.split()[i][-1]) for i in (0, 1))
+    best, last = load(tmp_path, "best.pt"), load(tmp_path, "last.pt")
+    assert len(last["history"]) == (epochs if "epochs" in line else 1)
+    for row in last["history"]:  # accuracies of so many images
+        for share in (row["train_accuracy"], row["val_accuracy"]):
+            assert (limit * share) % 1 == pytest.approx(0, abs=1e-5)
+    fresh = LeNet().state_dict()
+    assert all(w.isfinite().all() and w.shape == fresh[n].shape for n, w in best["model"].items())
+    assert (picture_dir(tmp_path) / "metrics.png").exists()
 
 
-def test_run_of_an_older_version_resumes_to_the_same_run(stopped, small_run, start):
-    old = {"dataset": "Glyphs"} | load(stopped, "last.pt")["options"]
-    del old["full"]
-    change_last(stopped, lambda last: last.update(options=old))
-    assert start(stopped, "--resume") == 0
-    expect_same_run(stopped, small_run)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_trains_as_the_cpu_does(small_run, tmp_path, start):
+    assert start(tmp_path, *SMALL, "--device=cuda") == 0
+    histories = (load(folder, "last.pt")["history"] for folder in (tmp_path, small_run))
+    for row, expected in zip(*histories, strict=True):
+        assert row == pytest.approx(expected, abs=2e-2)
 
 
-def test_learning_rate_goes_up_and_down_once():
-    rates = [train.one_cycle(i / 100) for i in range(101)]
-    assert rates[0] == pytest.approx(0.04)
-    assert max(rates) == rates[30] == 1
-    assert rates == sorted(rates[:31]) + sorted(rates[31:], reverse=True)
-    assert rates[100] == pytest.approx(0)
+# --- What it saves --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("best", [1, 2])
-def test_deleted_best_comes_back_or_its_loss_is_said(stopped, start, capsys, best):
-    change_last(stopped, lambda last: last["history"][best - 1].update(val_accuracy=1.0))
-    path = stopped / "checkpoints" / "Glyphs" / "best.pt"
-    path.unlink()
-    assert start(stopped, "--resume") == 0
-    out, err = capsys.readouterr()
-    gone = best == 1  # the weights of the last epoch are in last.pt, too
-    note = r"Note: .*best.pt is gone, and with it the weights of epoch 1;"
-    assert bool(re.match(note, err)) == bool(err) == gone != path.exists()
-    weights, which = (path.with_name("last.pt"), ", of the last epoch") if gone else (path, "")
-    assert f"Weights:    {weights}{which}\n" in out
-    assert (f"test.py --checkpoint {weights} " in out) == gone
+def test_checkpoints_and_metrics_say_what_was_done(small_run):
+    best, last = load(small_run, "best.pt"), load(small_run, "last.pt")
+    for checkpoint in (best, last):
+        assert checkpoint["format"] == utils.FORMAT
+        assert checkpoint["dataset"] == "Glyphs"
+        assert checkpoint["classes"] == list("0123456789")
+        chosen = {"recipe": "default", "limit": 1500, "epochs": 4, "batch_size": 100, "full": False}
+        assert chosen.items() <= checkpoint["options"].items()
+        assert checkpoint["torch"] == str(torch.__version__)
+        assert len(checkpoint["history"]) == checkpoint["epoch"]
+    assert last["epoch"] == 4
+    assert last.keys() - best.keys() == {"optimizers", "random"}
+    accuracies = [row["val_accuracy"] for row in last["history"]]
+    assert best["epoch"] == accuracies.index(max(accuracies)) + 1
+    text = (picture_dir(small_run) / "metrics.csv").read_text(encoding="utf-8")
+    rows = csv.DictReader(io.StringIO(text))
+    assert [{key: float(value) for key, value in row.items()} for row in rows] == last["history"]
 
 
-def test_resume_of_a_complete_run_changes_nothing(small_run, start, capsys):
-    before = files(small_run)
-    assert start(small_run, "--resume") == 0
+def test_small_copies_of_the_weights_are_kept_of_epoch_0_and_the_powers_of_2(small_run):
+    last = load(small_run, "last.pt")
+    assert [copy["epoch"] for copy in last["snapshots"]] == [0, 1, 2, 4]
+    torch.manual_seed(0)
+    first, *_, end = last["snapshots"]
+    for copy, weights in ((first, LeNet().state_dict()), (end, last["model"])):
+        assert copy["weights"].keys() == weights.keys() == copy["scales"].keys()
+        for name, small in copy["weights"].items():
+            assert small.dtype == torch.int8
+            error = (copy["scales"][name] * small - weights[name]).abs().max()
+            assert error <= 1.001 * weights[name].abs().max() / 254, name  # half a step of 127
+
+
+def test_best_weights_have_the_accuracy_of_the_best_epoch(small_run, glyphs_dir):
+    best, data = load(small_run, "best.pt"), utils.load_images("Glyphs", glyphs_dir, "train")
+    (train_images, _), (images, labels) = utils.split_train_validation(*data)
+    pixels = best["mean"], best["std"]
+    assert pixels == utils.pixel_statistics(train_images)
+    logits, row = utils.predict(network(best), images[:1500], *pixels), best["history"][-1]
+    right = (logits.argmax(dim=1) == labels[:1500]).float()
+    assert right.mean() == row["val_accuracy"]
+    assert F.cross_entropy(logits, labels[:1500]).item() == pytest.approx(row["val_loss"], rel=1e-5)
+
+
+def test_first_of_equal_epochs_is_the_best(tmp_path, start, capsys):
+    assert start(tmp_path, *TINY, "--lr=1e-30") == 0  # nothing changes
     out = capsys.readouterr().out
-    assert "already complete" in out
-    assert train.HEADER not in out
-    assert "Best epoch: " in out
-    assert start(small_run, "--resume", *SMALL) == 0  # the same options again
-    assert files(small_run) == before
-    with pytest.raises(utils.Error, match="no run on MNIST"):
-        start(small_run, "--resume", "--dataset=MNIST")
+    assert [row[-1] == "far" for row in printed_rows(out)] == [True, False, False]
+    assert "Best epoch: 1 of 3" in out
+    assert (load(tmp_path, "best.pt")["epoch"], load(tmp_path, "last.pt")["epoch"]) == (1, 3)
 
 
-CONTRADICTIONS = [
-    *(("--epochs=5", "4"), ("--epochs=3", "4"), ("--batch-size=7", "100"), ("--lr=0.5", "0.05")),
-    *(("--weight-decay=0", "0.015"), ("--recipe=long", "default"), ("--seed=3", "0")),
-    *(("--limit=77", "1500"), ("--limit=77", "no --limit"), ("--full", "no --full")),
-]
+def test_full_run_has_no_validation_and_keeps_the_last_epoch(tmp_path, start, glyphs_dir, capsys):
+    assert start(tmp_path, *TINY, "--full") == 0
+    out = capsys.readouterr().out
+    assert "Glyphs: 300 images to train on, 0 for validation" in out
+    assert [row[4:6] for row in printed_rows(out)] == [["-", "-"]] * 3
+    assert [len(row) for row in printed_rows(out)] == [7] * 3  # none is called the best
+    assert "Last epoch: 3; no image was held back" in out
+    assert [tuple(row) for row in load(tmp_path, "best.pt")["history"]] == [utils.HISTORY[:4]] * 3
+    assert (picture_dir(tmp_path) / "metrics.png").exists()
+    assert judge.main(options(tmp_path, glyphs_dir)) == 0
+    assert "epoch 3 of a run on Glyphs, validation images included" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("option", "then"), CONTRADICTIONS)
-def test_resume_refuses_options_that_contradict_the_run(stopped, start, option, then):
-    if then == "no --limit":
-        change_last(stopped, lambda last: last["options"].update(limit=None))
-    before = files(stopped)
-    match = f"^{option.replace('=', ' ')}.* contradicts .*last.pt, whose run has {then}:"
-    with pytest.raises(utils.Error, match=match):
-        start(stopped, "--resume", option)
-    assert files(stopped) == before
+# --- What it prints and draws ---------------------------------------------------------------------
 
 
-HUGE = torch.zeros(1).double().expand(10**6, 10**6)  # 8 bytes that would be 8 TB if copied
-FORGED = [
-    (lambda last: [last.pop("optimizers"), last.pop("random")], "cannot be resumed"),
-    (lambda last: last["optimizers"][1]["state"].update({99: {}}), "cannot be resumed"),
-    (lambda last: last["optimizers"][1]["state"][0].pop("exp_avg"), "cannot be resumed"),
-    (lambda last: last["optimizers"][0]["state"][0].update(momentum=HUGE), "cannot be resumed"),
-    (lambda last: last.update(random=torch.zeros(3, dtype=torch.uint8)), "cannot be resumed"),
-    (lambda last: last["model"]["f7.bias"].fill_(math.nan), "f7.bias has values"),
-    (lambda last: last.update(dataset="MNIST"), "belongs to a run on MNIST"),
-    (lambda last: last.update(epoch=1), "not a checkpoint"),
-    (lambda last: last["options"].update(lr="fast"), "its lr 'fast' is not a number above 0"),
-    (lambda last: last["options"].update(epochs=-3), "its epochs -3 is not a whole number from 1"),
-    (lambda last: last["options"].update(recipe=[]), "of another version"),
-    (lambda last: last["options"].update(recipe="best"), "the recipe best of another version"),
-    (lambda last: last.update(format=utils.FORMAT + 1), "update the project"),
-]
+def test_output_without_a_terminal_is_plain(tmp_path, start, monkeypatch, capsys):
+    clock, batches = [0.0], utils.batches
+
+    def last_seven_seconds(*args):
+        clock[0] += 7
+        return batches(*args)
+
+    monkeypatch.setattr(utils, "batches", last_seven_seconds)
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    start(tmp_path, *SMALL, "--epochs=2")
+    out, err = capsys.readouterr()
+    assert not err
+    assert not {"\r", "\x1b"} & set(out)
+    assert "LeNet-5 with 61,706 parameters on cpu\n" in out
+    assert "Glyphs: 1,500 images to train on, 1,500 for validation" in out
+    header = next(line for line in out.splitlines() if line.startswith("    epoch "))
+    rows = re.findall(r"^ +[12]/2 .*\d", out, re.MULTILINE)
+    assert [len(row) for row in rows] == [len(header)] * 2  # aligned
+    assert [row.split()[6] for row in rows] == ["7.0"] * 2  # each epoch's own seconds
+    best = load(tmp_path, "best.pt")["history"][-1]
+    result = f"Best epoch: {best['epoch']} of 2, validation accuracy on Glyphs "
+    result += f"{best['val_accuracy']:.2%} ({round(1500 * best['val_accuracy'])}/1500)"
+    end = [result, f"Weights:    {run_dir(tmp_path) / 'best.pt'}"]
+    end += [f"Plot:       {picture_dir(tmp_path) / 'metrics.png'}, its numbers in metrics.csv"]
+    assert out.split("\n\n")[-1].splitlines()[:3] == end
+    assert re.search(r"Next: .* test.py --name Glyphs .*--device cpu$", out, re.MULTILINE)
 
 
-@pytest.mark.parametrize(("change", "match"), FORGED)
-def test_resume_refuses_what_train_py_cannot_have_written(stopped, start, change, match):
-    change_last(stopped, change)
-    before = files(stopped)
-    with pytest.raises(utils.Error, match=match) as caught:
-        start(stopped, "--resume")
-    assert "last.pt" in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert files(stopped) == before
+@pytest.mark.parametrize("full", [False, True], ids=["with validation", "full"])
+def test_plot_shows_the_history_and_the_best_epoch(tmp_path, figures, full):
+    rows = [(e, 0.1, 1 / e, 0.9 - 0.5 / e, 1.2 / e, (0.7, 0.9, 0.8)[e - 1]) for e in (1, 2, 3)]
+    history = [dict(zip(utils.HISTORY[: 4 if full else 6], row)) for row in rows]
+    utils.plot_metrics(history, "MNIST", tmp_path / "metrics.png")
+    assert (tmp_path / "metrics.png").read_bytes().startswith(b"\x89PNG")
+    figure = figures["metrics.png"]
+    assert "LeNet-5 on MNIST" in figure.get_suptitle()
+    for ax, name, scale in zip(figure.axes, ("loss", "accuracy"), (1, 100)):
+        assert name in ax.get_ylabel().lower()
+        assert ax.get_xlabel() == "Epoch"
+        lines = {line.get_label(): line for line in ax.lines}
+        assert len({line.get_color() for line in ax.lines}) == len(lines)
+        for split, label in {"train": "train", "val": "validation"}.items():
+            if not (full and split == "val"):
+                values = [scale * row[f"{split}_{name}"] for row in history]
+                assert [*lines[label].get_xdata()] == [1, 2, 3]
+                assert [*lines[label].get_ydata()] == values
+                assert ax.get_ylim()[0] < min(values) < max(values) < ax.get_ylim()[1]
+        best = [label for label in lines if label.startswith("best")]
+        assert best == ([] if full else [f"best: epoch 2, {scale * history[1]['val_' + name]:.4g}"])
+        if best:
+            [x], [y] = lines[best[0]].get_data()
+            assert (x, y) == (2, scale * history[1][f"val_{name}"])
+            assert {line.get_xdata()[0] for line in ax.lines if len(line.get_xdata()) == 2} == {2}
 
 
-def test_new_run_says_first_that_it_overwrites_another(stopped, start, monkeypatch, capsys):
-    said = []
-    monkeypatch.setattr(train, "print_epoch", lambda *_: said.append(capsys.readouterr().err))
+def test_plot_of_a_long_run_leaves_out_the_first_epochs(tmp_path, figures):
+    history = [dict.fromkeys(utils.HISTORY, 1 / e) | {"epoch": e} for e in range(1, 21)]
+    utils.plot_metrics(history, "MNIST", tmp_path / "metrics.png")
+    low, high = figures["metrics.png"].axes[0].get_ylim()
+    assert 0 < low < 1 / 20 < 1 / 4 < high < 1 / 3  # 3 of 20 are left out
+
+
+def test_new_run_says_first_that_it_overwrites_another(stopped, start, capsys):
     for folder in (stopped / "new", stopped, stopped):  # the last time, a run that is complete
+        start(folder, *TINY, stop_at=1)  # before anything is written
+        note = re.match("Note: the run in .* is overwritten", capsys.readouterr().err)
+        assert bool(note) == (folder == stopped)
         start(folder, *TINY, "--epochs=1")
-    assert [bool(re.match("Note: the run in .* is overwritten", err)) for err in said] == [0, 1, 1]
+        capsys.readouterr()
 
 
 def test_loss_that_is_not_finite_stops_the_run_and_leaves_the_files(stopped, start, monkeypatch):
-    real, calls, before = train.F.cross_entropy, [], files(stopped)
+    batches, before, steps = utils.batches, files(stopped), []
 
-    def explode(logits, labels, **how):
-        calls.append(logits.requires_grad)
-        return real(logits, labels, **how) * (math.inf if sum(calls) == 5 else 1)
+    def with_a_spoilt_image(*args):
+        for x, y in batches(*args):
+            steps.append(len(y))
+            yield (x * math.nan if len(steps) == 5 else x), y
 
-    monkeypatch.setattr(train.F, "cross_entropy", explode)
+    monkeypatch.setattr(utils, "batches", with_a_spoilt_image)
     match = "no longer finite in epoch 3: start anew with a smaller rate, such as --lr 0.0125$"
     with pytest.raises(utils.Error, match=match):
         start(stopped, "--resume")
-    assert sum(calls) == 15  # at the end of the epoch
+    assert len(steps) == 15  # at the end of the epoch
     assert files(stopped) == before
     monkeypatch.undo()
     with pytest.raises(utils.Error, match="in epoch 1: start anew with a smaller rate"):
@@ -245,45 +357,32 @@ def test_loss_that_is_not_finite_stops_the_run_and_leaves_the_files(stopped, sta
     assert not list((stopped / "absurd").rglob("*.pt"))
 
 
-@pytest.mark.parametrize("epochs", [2, 3])
+@pytest.mark.parametrize("epochs", [1, 2])
 def test_accuracy_at_chance_is_warned_of_while_epochs_are_left(tmp_path, start, capsys, epochs):
-    assert start(tmp_path, *SMALL, "--lr=1e-9", f"--epochs={epochs}") == 0
-    assert ("chance" in capsys.readouterr().err) == (epochs == 3)
+    line = [*SMALL, "--lr=1e-9", f"--epochs={epochs}"]
+    assert start(tmp_path, *line, "--limit=1000", "--batch-size=5") == 0
+    warning = "Warning: after 1 epochs the accuracy is still at chance"
+    assert (warning in capsys.readouterr().err) == (epochs == 2)
+    assert start(tmp_path, *line) == 0
+    assert "still at chance" not in capsys.readouterr().err  # 15 steps an epoch say nothing
 
 
-def test_very_short_runs_work(tmp_path, start):
-    for line in ("--limit=1 --batch-size=1", "--limit=1 --epochs=2", "--limit=5 --batch-size=2"):
-        assert start(tmp_path, "--dataset=Glyphs", "--epochs=1", *line.split()) == 0
+def test_warning_comes_once_when_the_rate_has_passed_its_peak(tmp_path, start, capsys):
+    """In the fourth of 12 epochs of 60 steps: the steps of all four count."""
+    line = [*TINY, "--lr=1e-9", "--epochs=12", "--batch-size=5"]
+    assert start(tmp_path, *line, stop_at=5 * 60 + 1) == 130
+    assert re.findall(r"Warning: after (\d+) epochs", capsys.readouterr().err) == ["4"]
 
 
-def test_output_without_a_terminal_is_plain(tmp_path, start, capsys):
-    start(tmp_path, *SMALL, "--epochs=2")
-    out, err = capsys.readouterr()
-    assert not err
-    assert not {"\r", "\x1b"} & set(out)
-    assert "Glyphs: 1,500 images to train on, 1,500 for validation" in out
-    rows = re.findall(r"^ +[12]/2 .*\d", out, re.MULTILINE)
-    assert [len(row) for row in rows] == [len(train.HEADER)] * 2  # aligned
-    assert re.search(r"Best epoch: \d of 2, validation accuracy on Glyphs .*/1500\)", out)
-    assert re.search(r"test.py --dataset Glyphs", out)
-
-
-def test_full_run_has_no_validation_and_keeps_the_last_epoch(tmp_path, start, glyphs_dir, capsys):
-    assert start(tmp_path, *TINY, "--full") == 0
-    out = capsys.readouterr().out
-    assert "Glyphs: 300 images to train on, 0 for validation" in out
-    assert len(re.findall(r"^ +\d/3 .*% +- +- +\S+$", out, re.MULTILINE)) == 3
-    assert "Last epoch: 3; no image was held back" in out
-    assert [tuple(row) for row in load(tmp_path, "best.pt")["history"]] == [utils.HISTORY[:4]] * 3
-    assert (tmp_path / "images" / "Glyphs" / "metrics.png").exists()
-    assert judge.main(options(tmp_path, glyphs_dir)) == 0
-    assert "epoch 3 of a run on Glyphs, validation images included" in capsys.readouterr().out
-
-
-def test_tilde_in_a_folder_is_the_home(tmp_path, monkeypatch):
-    for name in ("HOME", "USERPROFILE"):
-        monkeypatch.setenv(name, str(tmp_path))
-    assert train.parse_args(["--checkpoint-dir=~/runs"]).checkpoint_dir == tmp_path / "runs"
+@pytest.mark.parametrize("name", ["metrics.png", "metrics.csv"])
+def test_picture_that_cannot_be_written_does_not_stop_the_run(start, tmp_path, capsys, name):
+    mine = picture_dir(tmp_path) / name / "mine"
+    mine.mkdir(parents=True)
+    assert start(tmp_path, *TINY) == 0
+    assert re.search(f"Warning: cannot write .*{name}: ", capsys.readouterr().err)
+    assert load(tmp_path, "last.pt")["epoch"] == 3
+    assert mine.exists()
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_gpu_without_kernels_is_passed_over_or_refused_by_name(monkeypatch, capsys):
@@ -298,11 +397,3 @@ def test_gpu_without_kernels_is_passed_over_or_refused_by_name(monkeypatch, caps
     assert "the GPU does not work (no kernel image is available)" in capsys.readouterr().err
     with pytest.raises(utils.Error, match=r"--device cuda does not work \(no kernel image"):
         utils.choose_device("cuda")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_gpu_trains_as_the_cpu_does(small_run, tmp_path, start):
-    assert start(tmp_path, *SMALL, "--device=cuda") == 0
-    histories = (load(folder, "last.pt")["history"] for folder in (tmp_path, small_run))
-    for row, expected in zip(*histories, strict=True):
-        assert row == pytest.approx(expected, abs=2e-2)

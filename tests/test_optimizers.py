@@ -1,9 +1,12 @@
-"""The optimizer of the hidden layers."""
+"""Muon, who trains what by which rate, and the schedule of the rate."""
+
+import math
 
 import pytest
 import torch
 
-from train import Muon, orthogonalise
+from model import LeNet
+from train import Muon, make_optimizers, one_cycle, orthogonalise
 
 
 @pytest.mark.parametrize("shape", [(6, 25), (120, 400), (84, 120), (40, 10)])
@@ -44,3 +47,23 @@ def test_momentum_goes_on_after_the_gradient():
     weight.grad = torch.zeros(4, 4)
     optimizer.step()
     assert (weight.detach().diagonal() < first.diagonal()).all()
+
+
+def test_muon_has_the_hidden_weights_and_adamw_all_others():
+    model = LeNet()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = [
+        (type(optimizer), [names[p] for p in group["params"]], group["lr"], group["weight_decay"])
+        for optimizer in make_optimizers(model, 0.8, 0.1)
+        for group in optimizer.param_groups
+    ]
+    hidden = [f"{layer}.weight" for layer in ("c1", "c3", "c5", "f6")]
+    others = [name for name in names.values() if name not in hidden]
+    assert groups == [(Muon, hidden, 0.8, 0.1), (torch.optim.AdamW, others, 0.4, 0.2)]
+
+
+def test_learning_rate_goes_up_and_down_once():
+    rates = [one_cycle(i / 100) for i in range(101)]
+    up = [0.04 + 0.96 * math.sin(math.pi * i / 60) ** 2 for i in range(30)]
+    down = [math.cos(math.pi * i / 140) ** 2 for i in range(71)]
+    assert rates == pytest.approx(up + down, abs=1e-9)
