@@ -183,7 +183,7 @@ def test_picture_that_fails_after_the_training_is_a_warning(tmp_path, start, mon
 def test_scripts_import_what_sets_the_threads_before_torch():
     for script in ("train.py", "test.py"):
         text = (ROOT / script).read_text(encoding="utf-8")
-        assert text.index("import utils\n") < text.index("import torch\n")
+        assert text.index("import utils") < text.index("import torch\n")
 
 
 def test_home_that_is_not_known_is_an_error(refused, monkeypatch):
