@@ -127,5 +127,5 @@ def test_network_that_is_no_chain_is_refused_and_no_picture_touched(architecture
     network = Branches(nn.Flatten(), nn.Linear(1024, 10))
     monkeypatch.setattr(architecture, "LeNet", lambda: network)
     with pytest.raises(utils.Error, match="layers of this network cannot be drawn: add joins two"):
-        architecture.main()
+        architecture.main([])
     assert (ROOT / "images" / "architecture.png").read_bytes() == before
