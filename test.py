@@ -438,9 +438,8 @@ def read_grey(path):
             deep = picture.mode.startswith(("I", "F"))  # 16 bits and more
             if picture.mode not in ("RGB", "RGBA", "L"):  # which are scaled first, to save memory
                 picture = picture.convert("F" if deep else "RGBA")
-            smooth = (
-                Image.Resampling.BOX if deep else Image.Resampling.BICUBIC
-            )  # which may overflow
+            # Bicubic reduction, which overshoots, may overflow at the widest levels.
+            smooth = Image.Resampling.BOX if deep else Image.Resampling.BICUBIC
             picture.thumbnail((SIDE, SIDE), smooth)
             picture = ImageOps.exif_transpose(picture).convert("F" if deep else "RGBA")
     except FileNotFoundError:
