@@ -285,8 +285,7 @@ def page_history(run, model):
         if each["epoch"] == run["epoch"]:
             continue
         copy = deepcopy(model)
-        weights = {name: each["scales"][name] * w for name, w in each["weights"].items()}
-        copy.load_state_dict(weights, strict=False)  # whole numbers, such as counts, have no copy
+        copy.load_state_dict(each["weights"], strict=False)  # counts have no copy
         tensors = tensors_of(trace(copy))
         scales = [max(tensor.abs().max().item(), 1e-30) / 127 for tensor in tensors]
         small = [(t / scale).round().to(torch.int8) for t, scale in zip(tensors, scales)]

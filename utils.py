@@ -683,14 +683,9 @@ def restore(path, run, model, optimizers=()):
         for name, weight in weights.items():
             if not weight.isfinite().all():
                 raise ValueError(f"{name} has values that are not finite")
-        small = {n: w.to(torch.int8) for n, w in weights.items() if w.is_floating_point()}
+        small = {n: w.half() for n, w in weights.items() if w.is_floating_point()}
         for copy in run.get("snapshots", []):
-            if not (
-                copy["epoch"] in range(run["epoch"] + 1)
-                and kinds(copy["weights"]) == kinds(small)
-                and copy["scales"].keys() == small.keys()
-                and all(map(math.isfinite, copy["scales"].values()))
-            ):
+            if not 0 <= copy["epoch"] <= run["epoch"] or kinds(copy["weights"]) != kinds(small):
                 raise ValueError("its copies of earlier weights are wrong")
     if optimizers:
         with refuse(path, "{path} cannot be resumed: its state is wrong"):
