@@ -259,7 +259,7 @@ def keep(args, run, model, optimizers, row):
 
 
 def copy_weights(model, epoch):
-    """Return a copy of the weights, in half precision: the page shows how the network has learnt."""
+    """Return the weights in half precision; the page shows with them how the network learnt."""
     weights = {n: w.half() for n, w in model.state_dict().items() if w.is_floating_point()}
     return {"epoch": epoch, "weights": weights}
 
