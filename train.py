@@ -150,13 +150,11 @@ def make_optimizers(model, lr, weight_decay):
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise utils.Error("there is nothing to train: all parameters in model.py are frozen")
-    matrices = [p for p in trained if p in hidden]
-    others = [p for p in trained if p not in hidden]
-    optimizers = [Muon(matrices, lr, weight_decay=weight_decay)] if matrices else []
-    if others:
-        adamw = torch.optim.AdamW(others, lr / 2, weight_decay=2 * weight_decay, fused=True)
-        optimizers.append(adamw)
-    return optimizers
+    matrices = {"params": [p for p in trained if p in hidden]}  # a group may be empty
+    others = {"params": [p for p in trained if p not in hidden]}
+    muon = Muon([matrices], lr, weight_decay=weight_decay)
+    adamw = torch.optim.AdamW([others], lr / 2, weight_decay=2 * weight_decay, fused=True)
+    return [muon, adamw]
 
 
 WARM_UP = 0.3  # share of the run in which the rate rises
@@ -281,13 +279,10 @@ def write_metrics(args, run, plot=False):
     table.writeheader()
     table.writerows(run["history"])
     path = utils.file_of(args, run, "metrics.png")
-    try:
+    with utils.warn(), utils.refuse(path, "cannot draw {path}: {error}"):
         utils.write_file(path.with_suffix(".csv"), text.getvalue().encode())
         if plot:
-            with utils.refuse(path, "cannot draw {path}: {error}"):
-                utils.plot_metrics(run["history"], run["dataset"], path)
-    except utils.Error as error:
-        print(f"Warning: {error}", file=sys.stderr)
+            utils.plot_metrics(run["history"], run["dataset"], path)
 
 
 # --- What is printed ------------------------------------------------------------------------------
@@ -310,11 +305,9 @@ def print_epoch(run, steps, seconds):
     warmed_up = epoch - 1 < WARM_UP * options["epochs"] <= epoch  # in this epoch
     chance = numbers[1] < 1.5 / len(run["classes"])
     if chance and warmed_up and epoch * steps >= 200 and epoch < options["epochs"]:
-        print(
-            f"Warning: after {epoch} epochs the accuracy is still at chance. Stop with Ctrl-C, and "
-            f"start anew with another --lr than {options['lr']}",
-            file=sys.stderr,
-        )
+        warning = f"after {epoch} epochs the accuracy is still at chance. Stop with Ctrl-C, and "
+        warning += f"start anew with another --lr than {options['lr']}"
+        print(f"Warning: {warning}", file=sys.stderr)
 
 
 def print_result(args, run, val_count):
@@ -349,17 +342,13 @@ def note_what_is_there(args, run):
     """Say it if a new run is going to overwrite another one, or if best.pt of this one is gone."""
     best, last = utils.file_of(args, run, "best.pt"), utils.file_of(args, run, "last.pt")
     if not run["history"] and last.exists():
-        print(
-            f"Note: the run in {utils.relative(last.parent)} is overwritten after the first epoch; "
-            "to keep it, stop with Ctrl-C, and start with another --name, or --resume it",
-            file=sys.stderr,
-        )
+        note = f"the run in {utils.relative(last.parent)} is overwritten after the first epoch; "
+        note += "to keep it, stop with Ctrl-C, and start with another --name, or --resume it"
+        print(f"Note: {note}", file=sys.stderr)
     elif run["history"] and not best.exists():
-        print(
-            f"Note: {utils.relative(best)} is gone, and with it the weights of epoch "
-            f"{utils.best_epoch(run['history'])['epoch']}; it comes back with the next better one",
-            file=sys.stderr,
-        )
+        epoch = utils.best_epoch(run["history"])["epoch"]
+        note = f"{utils.relative(best)} is gone, and with it the weights of epoch {epoch}; "
+        print(f"Note: {note}it comes back with the next better one", file=sys.stderr)
 
 
 # --- From the options to the result ---------------------------------------------------------------
@@ -389,16 +378,13 @@ def start(args, run, device, train_set, val_set):
     print(f"LeNet-5 with {sum(p.numel() for p in model.parameters()):,} parameters on {device}")
     print(f"{run['dataset']}: {count:,} images to train on, {val_count:,} for validation")
     if traced.softmax:
-        print(
-            f"Warning: forward ends in {traced.softmax}, and the loss has one of its own: return "
-            "the values before it",
-            file=sys.stderr,
-        )
-    done = len(run["history"])
+        warning = f"forward ends in {traced.softmax}, and the loss has one of its own: return "
+        print(f"Warning: {warning}the values before it", file=sys.stderr)
+    done, epochs = len(run["history"]), options["epochs"]
     if done:
-        note = "" if done < options["epochs"] else ": it is already complete"
-        print(f"Run {run['name']}: {done} of {options['epochs']} epochs are done{note}")
-    if done < options["epochs"]:
+        note = "" if done < epochs else ": it is already complete"
+        print(f"Run {run['name']}: {done} of {epochs} epochs are done{note}")
+    if done < epochs:
         print(f"\n{COLUMNS.format(*NAMES, 'seconds')}")
     try:
         train(args, run, model, optimizers, train_set, val_set)

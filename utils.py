@@ -61,16 +61,22 @@ CLOTHES = [
 # by how many pixels its images are moved in training; whether they show pen strokes; how objects
 # were fitted into 28x28, with the longer `side`, centred by mass or by their box; and, beside what
 # torchvision knows, sources of the archives, and md5 sums of what is in them.
+PEN_STROKES = {
+    "classes": DIGITS,
+    "mirror": False,
+    "shift": 1,
+    "strokes": True,
+    "side": 20,
+    "by_mass": False,
+}
 DATASETS = {
     "FashionMNIST": {
-        **{
-            "classes": CLOTHES,
-            "mirror": True,
-            "shift": 0,
-            "side": 28,
-            "by_mass": False,
-            "strokes": False,
-        },
+        "classes": CLOTHES,
+        "mirror": True,
+        "shift": 0,
+        "strokes": False,
+        "side": 28,
+        "by_mass": False,
         "sources": ["https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"],
         "unpacked": {
             "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
@@ -80,14 +86,8 @@ DATASETS = {
         },
     },
     "MNIST": {
-        **{
-            "classes": DIGITS,
-            "mirror": False,
-            "shift": 1,
-            "side": 20,
-            "by_mass": True,
-            "strokes": True,
-        },
+        **PEN_STROKES,
+        "by_mass": True,
         "unpacked": {
             "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
             "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
@@ -95,14 +95,7 @@ DATASETS = {
             "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
         },
     },
-    "Glyphs": {
-        "classes": DIGITS,
-        "mirror": False,
-        "shift": 1,
-        "side": 20,
-        "by_mass": False,
-        "strokes": True,
-    },
+    "Glyphs": PEN_STROKES,
 }
 
 # --- Names and errors -----------------------------------------------------------------------------
@@ -234,6 +227,15 @@ def refuse(path, message, errors=Exception):
         raise Error(message.format(path=relative(path), error=reason)) from error
 
 
+@contextlib.contextmanager
+def warn(consequence=""):
+    """Print an `Error` in a with statement as a warning, and go on after the statement."""
+    try:
+        yield
+    except Error as error:
+        print(f"Warning: {error}{consequence}", file=sys.stderr)
+
+
 def relative(path):
     """Return `path` as one would type it: relative to the current folder where it lies below."""
     path = Path(os.path.realpath(path))
@@ -263,21 +265,19 @@ def command(script, args, run, *options):
 
 
 def choose_device(name):
-    """Return the torch.device for auto, cpu, cuda or mps; auto is cuda where it works, else cpu.
+    """Return the torch.device for auto, cpu, cuda or mps; auto is cuda if there, else cpu.
 
     Raises:
-        Error: the device that was named does not work here.
+        Error: the device does not work here.
     """
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.ones(1, device=device).add(1).item()  # an old GPU is there, but may have no kernels
+        torch.ones(1, device=name).add(1).item()  # an old GPU is there, but may have no kernels
     except (AssertionError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
-        if name != "auto":
-            raise Error(f"--device {name} does not work ({reason}): use --device auto") from error
-        print(f"Warning: the GPU does not work ({reason}); the CPU is taken", file=sys.stderr)
-        device = "cpu"
-    return torch.device(device)
+        raise Error(f"the device {name} does not work ({reason}): use --device cpu") from error
+    return torch.device(name)
 
 
 def prepare(model, classes, device):
@@ -330,12 +330,9 @@ def load_images(dataset, data_dir, split):
         raise ValueError(f"the splits are train and test, not {split!r}")
     cache = Path(data_dir) / dataset / f"{split}-v{CACHE_VERSION}.pt"
     if os.path.lexists(cache):
-        try:
-            with refuse(cache, "{path} is damaged"):
-                cached = load(cache)
-                return cached["images"], cached["labels"]
-        except Error as error:
-            print(f"{error}: making it anew", file=sys.stderr)
+        with warn(": making it anew"), refuse(cache, "{path} is damaged"):
+            cached = load(cache)
+            return cached["images"], cached["labels"]
     if dataset == "Glyphs":
         images, labels = draw_glyphs(split)
     else:
@@ -343,10 +340,8 @@ def load_images(dataset, data_dir, split):
             images, labels = read_archives(dataset, Path(data_dir), split)
         except OSError as error:
             raise Unavailable(f"cannot use {relative(data_dir)}: {error}") from error
-    try:
+    with warn("; the next start will take as long"):
         save({"images": images, "labels": labels}, cache)
-    except Error as error:
-        print(f"Warning: {error}; the next start will take as long", file=sys.stderr)
     return images, labels
 
 
