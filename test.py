@@ -281,7 +281,7 @@ def choose_samples(right, labels):
 def page_history(run, model):
     """Return for each epoch of which the run has a copy its accuracy, and its weights as int8."""
     epochs = [{"epoch": run["epoch"]}]  # of the weights themselves
-    for each in run.get("snapshots", []):
+    for each in run.get("copies", []):
         if each["epoch"] == run["epoch"]:
             continue
         copy = deepcopy(model)

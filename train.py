@@ -242,7 +242,7 @@ def keep(args, run, model, optimizers, row):
         "torch": str(torch.__version__),  # a plain str, which every version of torch can read
         "epoch": epoch,
         "history": [*run["history"], row],
-        "snapshots": [*run["snapshots"], *small],
+        "copies": [*run["copies"], *small],
         "model": model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "random": torch.get_rng_state(),
@@ -289,6 +289,31 @@ def write_metrics(args, run, plot=False):
 
 COLUMNS = "{:>9}{:>16}{:>13}{:>11}{:>18}{:>11}{:>10}"
 NAMES = ("epoch", "learning rate", "train loss", "accuracy", "validation loss", "accuracy")
+
+
+def print_start(args, run, model, count, val_count):
+    """Print what is trained on how many images, and what one should know before."""
+    best, last = utils.file_of(args, run, "best.pt"), utils.file_of(args, run, "last.pt")
+    done, epochs = len(run["history"]), run["options"]["epochs"]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"LeNet-5 with {parameters:,} parameters on {next(model.parameters()).device}")
+    print(f"{run['dataset']}: {count:,} images to train on, {val_count:,} for validation")
+    if softmax := trace(model).softmax:
+        note = f"forward ends in {softmax}, and the loss has one of its own: return the values "
+        print(f"Warning: {note}before it", file=sys.stderr)
+    if not done and last.exists():
+        note = f"the run in {utils.relative(last.parent)} is overwritten after the first epoch; "
+        note += "to keep it, stop with Ctrl-C, and start with another --name, or --resume it"
+        print(f"Note: {note}", file=sys.stderr)
+    if done and not best.exists():
+        epoch = utils.best_epoch(run["history"])["epoch"]
+        note = f"{utils.relative(best)} is gone, and with it the weights of epoch {epoch}; "
+        print(f"Note: {note}it comes back with the next better one", file=sys.stderr)
+    if done:
+        note = "" if done < epochs else ": it is already complete"
+        print(f"Run {run['name']}: {done} of {epochs} epochs are done{note}")
+    if done < epochs:
+        print(f"\n{COLUMNS.format(*NAMES, 'seconds')}")
 
 
 def print_epoch(run, steps, seconds):
@@ -338,19 +363,6 @@ def saved_so_far(args, run):
     return f"epoch {len(run['history'])} is saved in {last}; go on with: {again}"
 
 
-def note_what_is_there(args, run):
-    """Say it if a new run is going to overwrite another one, or if best.pt of this one is gone."""
-    best, last = utils.file_of(args, run, "best.pt"), utils.file_of(args, run, "last.pt")
-    if not run["history"] and last.exists():
-        note = f"the run in {utils.relative(last.parent)} is overwritten after the first epoch; "
-        note += "to keep it, stop with Ctrl-C, and start with another --name, or --resume it"
-        print(f"Note: {note}", file=sys.stderr)
-    elif run["history"] and not best.exists():
-        epoch = utils.best_epoch(run["history"])["epoch"]
-        note = f"{utils.relative(best)} is gone, and with it the weights of epoch {epoch}; "
-        print(f"Note: {note}it comes back with the next better one", file=sys.stderr)
-
-
 # --- From the options to the result ---------------------------------------------------------------
 
 
@@ -360,7 +372,7 @@ def start(args, run, device, train_set, val_set):
     mean, std = utils.pixel_statistics(train_set[0])
     train_set = [part[: options["limit"]].to(device) for part in train_set]
     val_set = val_set and [part[: options["limit"]].to(device) for part in val_set]
-    count, val_count = len(train_set[1]), len(val_set[1]) if val_set else 0
+    val_count = len(val_set[1]) if val_set else 0
     torch.manual_seed(options["seed"])
     model = utils.prepare(LeNet(len(classes)), len(classes), device)
     optimizers = make_optimizers(model, options["lr"], options["weight_decay"])
@@ -369,23 +381,10 @@ def start(args, run, device, train_set, val_set):
         utils.restore(last, run, model, optimizers)
         if not best.exists() or best.stat().st_mtime < last.stat().st_mtime:
             keep_best(args, run)  # a crash may have come between the two
-    note_what_is_there(args, run)
-    run.setdefault("snapshots", [] if run["history"] else [copy_weights(model, epoch=0)])
-    traced = trace(model)
-    run |= {"format": utils.FORMAT, "layers": layer_table(traced)}
+    run.setdefault("copies", [] if run["history"] else [copy_weights(model, epoch=0)])
+    run |= {"format": utils.FORMAT, "layers": layer_table(trace(model))}
     run |= {"classes": classes, "mean": mean, "std": std}
-
-    print(f"LeNet-5 with {sum(p.numel() for p in model.parameters()):,} parameters on {device}")
-    print(f"{run['dataset']}: {count:,} images to train on, {val_count:,} for validation")
-    if traced.softmax:
-        warning = f"forward ends in {traced.softmax}, and the loss has one of its own: return "
-        print(f"Warning: {warning}the values before it", file=sys.stderr)
-    done, epochs = len(run["history"]), options["epochs"]
-    if done:
-        note = "" if done < epochs else ": it is already complete"
-        print(f"Run {run['name']}: {done} of {epochs} epochs are done{note}")
-    if done < epochs:
-        print(f"\n{COLUMNS.format(*NAMES, 'seconds')}")
+    print_start(args, run, model, len(train_set[1]), val_count)
     try:
         train(args, run, model, optimizers, train_set, val_set)
     except KeyboardInterrupt:

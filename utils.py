@@ -679,7 +679,7 @@ def restore(path, run, model, optimizers=()):
             if not weight.isfinite().all():
                 raise ValueError(f"{name} has values that are not finite")
         small = {n: w.half() for n, w in weights.items() if w.is_floating_point()}
-        for copy in run.get("snapshots", []):
+        for copy in run.get("copies", []):
             if not 0 <= copy["epoch"] <= run["epoch"] or kinds(copy["weights"]) != kinds(small):
                 raise ValueError("its copies of earlier weights are wrong")
     if optimizers:

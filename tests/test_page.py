@@ -639,7 +639,7 @@ def test_watch_it_learn(browser, written, name):
         weights = {name: weight.half() for name, weight in model.state_dict().items()}
         snapshots.append({"epoch": epoch, "weights": weights})
     history = [{"epoch": i, "val_accuracy": 0.1 * i} for i in (1, 2, 3)]
-    how = {"epoch": 3, "history": history, "snapshots": snapshots}
+    how = {"epoch": 3, "history": history, "copies": snapshots}
     path, images, _ = written(models[3], 10 if name == "LeNet" else 26, **how)
     open_page(browser, path)
     browser.find_elements(By.CSS_SELECTOR, "#samples button")[2].click()

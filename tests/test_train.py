@@ -220,9 +220,9 @@ def test_checkpoints_and_metrics_say_what_was_done(small_run):
 
 def test_small_copies_of_the_weights_are_kept_of_epoch_0_and_the_powers_of_2(small_run):
     last = load(small_run, "last.pt")
-    assert [copy["epoch"] for copy in last["snapshots"]] == [0, 1, 2, 4]
+    assert [copy["epoch"] for copy in last["copies"]] == [0, 1, 2, 4]
     torch.manual_seed(0)
-    first, *_, end = last["snapshots"]
+    first, *_, end = last["copies"]
     for copy, weights in ((first, LeNet().state_dict()), (end, last["model"])):
         assert copy["weights"].keys() == weights.keys()
         for name, small in copy["weights"].items():
