@@ -228,7 +228,8 @@ class Trace(TorchFunctionMode):
             self.complain(f"{kind} makes {len(output)} out of one image")
         elif not is_known(kind, numbers | tensors, x, args, kwargs):
             self.complain(f"{kind} is not known here, or not in this use")
-        self.add(Operation(kind, numbers, tensors, sources, call), x, output[0].clone(), chained)
+        operation = Operation(kind, numbers, tensors, sources, call)
+        self.add(operation, x, output[0].clone(), chained)  # a later one may work in place
         self.last = output
 
     def add(self, operation, x, output, chained):
@@ -259,18 +260,16 @@ def tensors_in(*values):
 def read(kind, x, args, kwargs):
     """Return kind, numbers and tensors of an operation on x, as `Operation` has them."""
     values = [value for value in args if value is not x]
-    if kind in ("mm", "matmul") and values and args[0] is x:
+    if kind in ("mm", "matmul") and [t.ndim for t in values] == [2] and args[0] is x:
         kind, values = "linear", [values[0].t()]
     names = OPERATIONS.get(kind, "").split()
     named = dict(zip(names, values)) | kwargs
+    named["stride"] = named.get("stride") or named.get("kernel_size", 1)  # PyTorch's default
     known = {name: named[name] for name in names if named.get(name) is not None}
     tensors = {name: t for name, t in known.items() if isinstance(t, torch.Tensor)}
     numbers = {name: value for name, value in known.items() if name not in tensors}
     if kind == "conv2d":
-        numbers = {"kernel_size": tuple(tensors["weight"].shape[2:]), "stride": 1} | numbers
-    elif "kernel_size" in numbers:
-        size = numbers["kernel_size"]
-        numbers = {"kernel_size": size, "stride": size} | numbers
+        numbers = {"kernel_size": tuple(tensors["weight"].shape[2:])} | numbers
     for name in ("kernel_size", "stride", "padding", "dilation"):
         if isinstance(numbers.get(name), int):
             numbers[name] = (numbers[name], numbers[name])
@@ -282,7 +281,7 @@ def is_known(kind, known, x, args, kwargs):
     if kind in ARITHMETIC:  # with a number, or with one for each map or unit
         count = torch.as_tensor(known.get("other", ())).numel()  # of x + x it is 0
         plain = not kwargs and (kind in ("add", "mul") or args[0] is x)
-        return plain and count in (1, x.shape[1])
+        return plain and count in (1, *x.shape[1:2])
     if kind == "batch_norm":
         return "running_mean" in known
     if kind in ("linear", "softmax", "log_softmax"):
