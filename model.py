@@ -303,8 +303,7 @@ def trace(model, image=None):
     training = model.training
     model.eval()
     parameter = next(model.parameters(), torch.zeros(0))
-    other = torch.linspace(0, 30, 1024, dtype=parameter.dtype, device=parameter.device)
-    other = other.sin().view(1, 1, 32, 32)
+    other = torch.linspace(0, 30, 1024).sin().view(1, 1, 32, 32).to(parameter)
     expected = model(other.clone())  # after it, lazy layers have their sizes
     image = torch.zeros_like(other) if image is None else image
     with Trace(model, image) as traced:
