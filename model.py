@@ -13,6 +13,7 @@ from math import sqrt
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 class LeNet(nn.Module):
@@ -65,30 +66,25 @@ class LeNet(nn.Module):
 # --- The trace: what the network is, read from one forward pass -----------------------------------
 
 LETTERS = {"conv2d": "C", "avg_pool2d": "S", "max_pool2d": "S", "linear": "F"}  # LeCun's names
+ARITHMETIC = ("add", "sub", "mul", "div")
 RESHAPES = (  # and other operations that leave the numbers, and their order, as they are
     *("flatten", "view", "reshape", "squeeze", "unsqueeze"),
     *("contiguous", "clone", "detach", "to", "float"),
 )
 OPERATIONS = {  # those that can be followed: their parameters after the input, in PyTorch's order
-    "conv2d": ("weight", "bias", "stride", "padding", "dilation", "groups"),
-    "linear": ("weight", "bias"),
-    "avg_pool2d": (
-        *("kernel_size", "stride", "padding"),
-        *("ceil_mode", "count_include_pad", "divisor_override"),
-    ),
-    "max_pool2d": ("kernel_size", "stride", "padding", "dilation", "ceil_mode"),
-    "batch_norm": (
-        *("running_mean", "running_var", "weight", "bias"),
-        *("training", "momentum", "eps"),
-    ),
-    **dict.fromkeys(("dropout", "dropout2d"), ("p",)),
-    **dict.fromkeys(("add", "sub", "mul", "div"), ("other",)),
-    "leaky_relu": ("negative_slope",),
-    **dict.fromkeys(("softmax", "log_softmax"), ("dim",)),
-    **dict.fromkeys(("sigmoid", "tanh", "relu", *RESHAPES), ()),
+    "conv2d": "weight bias stride padding dilation groups",
+    "linear": "weight bias",
+    "avg_pool2d": "kernel_size stride padding ceil_mode count_include_pad divisor_override",
+    "max_pool2d": "kernel_size stride padding dilation ceil_mode",
+    "batch_norm": "running_mean running_var weight bias training momentum eps",
+    "leaky_relu": "negative_slope",
+    **dict.fromkeys(ARITHMETIC, "other"),
+    **dict.fromkeys(("dropout", "dropout2d"), "p"),
+    **dict.fromkeys(("softmax", "log_softmax"), "dim"),
+    **dict.fromkeys(("sigmoid", "tanh", "relu", *RESHAPES), ""),
 }
-USUAL = {"padding": 0, "dilation": 1, "groups": 1, "dim": 1}  # numbers that need not be told
-USUAL |= {"ceil_mode": False, "count_include_pad": True, "training": False}
+USUAL = {"padding 0", "dilation 1", "groups 1", "dim 1"}  # need not be told
+USUAL |= {"ceil_mode False", "count_include_pad True", "training False"}
 
 
 @dataclass
@@ -104,21 +100,20 @@ class Operation:
     def __str__(self):
         if self.kind == "linear":
             return "{1} -> {0}".format(*self.tensors["weight"].shape)
+        if "other" in self.tensors:
+            return f"{self.tensors['other'].numel()} values"
         words = []
         for name, value in self.numbers.items():
             if isinstance(value, tuple):
                 height, width = value
-                value = height if height == width and name != "kernel_size" else f"{height}x{width}"
+                value = height if height == width else f"{height}x{width}"
             value = f"{value:.4g}" if isinstance(value, float) else value
-            if name == "kernel_size" and self.kind == "conv2d":
-                words.append(f"{len(self.tensors['weight'])} {value} kernels")
-            elif name in ("kernel_size", "other"):
-                words.append(f"{value}")
-            elif name not in USUAL or value != USUAL[name]:
-                words.append(f"{name} {value}")
-        if "other" in self.tensors:
-            words.append(f"{self.tensors['other'].numel()} values")
-        return ", ".join(words)
+            words.append(f"{name} {value}".removeprefix("other "))
+        if "kernel_size" in self.numbers:  # the first of them
+            words[0] = "{}x{}".format(*self.numbers["kernel_size"])
+        if self.kind == "conv2d":
+            words[0] = f"{len(self.tensors['weight'])} {words[0]} kernels"
+        return ", ".join(word for word in words if word not in USUAL)
 
 
 @dataclass
@@ -176,32 +171,21 @@ class Trace(TorchFunctionMode):
 
     Attributes:
         layers: list of Layer, in the order of the forward pass; the first one is the input.
-        problem: why the layers are not a chain, each fed by the one before it alone, that can be
-            followed; None if they are.
     """
 
     def __init__(self, model, image):
         super().__init__()
         start = Operation("input", {}, {}, [], lambda x: x)
         self.layers = [Layer("Input", [start], [], tuple(image.shape[1:]), image[0].clone())]
-        self.problems = []  # of a text, and the layer after which it comes
+        self.broken = None  # what first breaks the chain, and the layer before it
         self.last = image
-        # By id; the tensors are kept, so that no later one can get the same id.
-        self.data = {id(image): image}  # made of the image
-        self.weights = {id(p): (p, [p]) for p in model.parameters()}  # made of which parameters
+        self.data = {image}  # what is made of the image
+        self.weights = {p: [p] for p in model.parameters()}  # what is made of which parameters
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        output = function(*args, **kwargs)
-        inputs, outputs = tensors_in([args, kwargs]), tensors_in(output)
-        sources = [p for t in inputs if id(t) in self.weights for p in self.weights[id(t)][1]]
-        if not any(id(t) in self.data for t in inputs):
-            self.weights.update({id(t): (t, sources) for t in outputs})
-        elif outputs:  # the others ask for a size
-            if outputs[0].ndim > 0:  # what is one number, such as a sum to be printed, is no layer
-                self.record(function, args, kwargs, outputs[0], sources)
-            self.data.update({id(t): t for t in outputs})
-        return output
+    @property
+    def problem(self):
+        """Why the layers are no chain, each fed by the one before it alone; None if they are."""
+        return "{}, after {.name}".format(*self.broken) if self.broken else None
 
     @property
     def softmax(self):
@@ -213,90 +197,96 @@ class Trace(TorchFunctionMode):
         """Return the share of each class (N x classes) for the outputs of the network."""
         return logits if self.softmax == "softmax" else logits.softmax(dim=1)
 
-    def record(self, function, args, kwargs, output, sources):
-        """Add an operation on something made of the image to the layers."""
-        kind = function.__name__.strip("_")
-        inputs = {id(t): t for t in tensors_in([args, kwargs]) if id(t) in self.data}
-        before, *joined = inputs.values()
-        values = [value for value in args if value is not before]
-        named = dict(zip(OPERATIONS.get(kind, ()), values)) | kwargs
-        if kind in ("mm", "matmul") and values and args[0] is before:
-            kind, named = "linear", {"weight": values[0].t()}
-        known = {n: named[n] for n in OPERATIONS.get(kind, ()) if named.get(n) is not None}
-        tensors = {name: t for name, t in known.items() if isinstance(t, torch.Tensor)}
-        numbers = {name: value for name, value in known.items() if name not in tensors}
-        if kind == "conv2d":
-            numbers = {"kernel_size": tuple(tensors["weight"].shape[2:]), "stride": 1} | numbers
-        elif "kernel_size" in numbers:
-            numbers = {"kernel_size": 0, "stride": numbers["kernel_size"]} | numbers
-        for name in ("kernel_size", "stride", "padding", "dilation"):
-            if isinstance(numbers.get(name), int):
-                numbers[name] = (numbers[name], numbers[name])
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        output = function(*args, **kwargs)
+        inputs, outputs = tensors_in(args, kwargs), tensors_in(output)
+        sources = [p for t in inputs for p in self.weights.get(t, ())]
+        if self.data.isdisjoint(inputs):
+            self.weights.update(dict.fromkeys(outputs, sources))
+        elif outputs:  # the others ask for a size
+            if outputs[0].ndim > 0:  # what is one number, such as a sum to be printed, is no layer
+                self.record(function, args, kwargs, outputs[0], sources)
+            self.data.update(outputs)
+        return output
 
+    def record(self, function, args, kwargs, output, sources):
+        """Note an operation on something made of the image."""
+        x, *joined = dict.fromkeys(t for t in tensors_in(args, kwargs) if t in self.data)
+        kind, numbers, tensors = read(function.__name__.strip("_"), x, args, kwargs)
+
+        def call(batch):
+            swapped = tree_map(lambda value: batch if value is x else value, (args, kwargs))
+            return function(*swapped[0], **swapped[1])
+
+        chained = x is self.last and not joined
         if joined:
             self.complain(f"{kind} joins two branches")
-        elif before is not self.last:
+        elif not chained:
             self.complain(f"{kind} goes back to an earlier output")
-        elif output.shape[0] != 1:
+        elif len(output) != 1:
             self.complain(f"{kind} makes {len(output)} out of one image")
-        elif not is_known(kind, args, kwargs, before, known):
+        elif not is_known(kind, numbers | tensors, x, args, kwargs):
             self.complain(f"{kind} is not known here, or not in this use")
-
-        def call(x):
-            new_args = [x if value is before else value for value in args]
-            return function(*new_args, **{n: x if v is before else v for n, v in kwargs.items()})
-
         operation = Operation(kind, numbers, tensors, sources, call)
-        shown = output[0].contiguous().clone()  # later operations may work in place
-        same_size = shown.numel() == self.layers[-1].output.numel()
-        chained = before is self.last and not joined and same_size
-        if not chained or kind in LETTERS or kind in ("batch_norm", "dropout", "dropout2d"):
-            place = 1 + sum(layer.kind in LETTERS for layer in self.layers)
-            name = f"{LETTERS[kind]}{place}" if kind in LETTERS else kind
-            self.layers.append(Layer(name, [operation], [], tuple(before.shape[1:]), shown))
-        else:
-            self.layers[-1].operations.append(operation)
-            self.layers[-1].output = shown.view(self.layers[-1].output.shape)
-        used = {id(p) for layer in self.layers for p in layer.parameters}
-        self.layers[-1].parameters += [p for p in dict.fromkeys(sources) if id(p) not in used]
+        self.add(operation, x, output[0].clone(), chained)  # a later one may work in place
         self.last = output
 
+    def add(self, operation, x, output, chained):
+        """Make an operation on x a layer, or a step of the last one."""
+        kind, last = operation.kind, self.layers[-1]
+        makes_layer = kind in LETTERS or kind in ("batch_norm", "dropout", "dropout2d")
+        if chained and not makes_layer and output.numel() == last.output.numel():
+            last.operations.append(operation)
+            last.output = output.reshape(last.output.shape)
+        else:
+            place = 1 + sum(layer.kind in LETTERS for layer in self.layers)
+            name = f"{LETTERS[kind]}{place}" if kind in LETTERS else kind
+            self.layers.append(Layer(name, [operation], [], tuple(x.shape[1:]), output))
+        used = {p for layer in self.layers for p in layer.parameters}
+        new = [p for p in dict.fromkeys(operation.parameters) if p not in used]
+        self.layers[-1].parameters += new
+
     def complain(self, text):
-        """Note what breaks the chain."""
-        self.problems.append((text, self.layers[-1]))
-
-    @property
-    def problem(self):
-        """The first problem as a text, or None."""
-        return "{}, after {.name}".format(*self.problems[0]) if self.problems else None
+        """Note what breaks the chain, unless it is broken."""
+        self.broken = self.broken or (text, self.layers[-1])
 
 
-def is_known(kind, args, kwargs, x, known):
+def tensors_in(*values):
+    """Return the tensors in nested lists, tuples and dicts."""
+    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
+def read(kind, x, args, kwargs):
+    """Return kind, numbers and tensors of an operation on x, as `Operation` has them."""
+    values = [value for value in args if value is not x]
+    if kind in ("mm", "matmul") and [t.ndim for t in values] == [2] and args[0] is x:
+        kind, values = "linear", [values[0].t()]
+    names = OPERATIONS.get(kind, "").split()
+    named = dict(zip(names, values)) | kwargs
+    named["stride"] = named.get("stride") or named.get("kernel_size", 1)  # PyTorch's default
+    known = {name: named[name] for name in names if named.get(name) is not None}
+    tensors = {name: t for name, t in known.items() if isinstance(t, torch.Tensor)}
+    numbers = {name: value for name, value in known.items() if name not in tensors}
+    if kind == "conv2d":
+        numbers = {"kernel_size": tuple(tensors["weight"].shape[2:])} | numbers
+    for name in ("kernel_size", "stride", "padding", "dilation"):
+        if isinstance(numbers.get(name), int):
+            numbers[name] = (numbers[name], numbers[name])
+    return kind, numbers, tensors
+
+
+def is_known(kind, known, x, args, kwargs):
     """Tell whether what is `known` of an operation on x (1 x maps x ...) is all there is to it."""
-    if kind in ("add", "sub", "mul", "div"):  # by a number, or by one for each map or unit
-        if "other" not in known:  # x + x
-            return False
-        other = torch.as_tensor(known["other"])
-        one_a_map = (x.shape[1], *[1] * (x.ndim - 2))
-        return (
-            (other.numel() == 1 or other.shape[-len(one_a_map) :] == one_a_map)
-            and (args[0] is x or kind in ("add", "mul"))
-            and kwargs.keys() <= {"other"}
-        )
+    if kind in ARITHMETIC:  # with a number, or with one for each map or unit
+        count = torch.as_tensor(known.get("other", ())).numel()  # of x + x it is 0
+        plain = not kwargs and (kind in ("add", "mul") or args[0] is x)
+        return plain and count in (1, *x.shape[1:2])
+    if kind == "batch_norm":
+        return "running_mean" in known
     if kind in ("linear", "softmax", "log_softmax"):
         return x.ndim == 2 and known.get("dim", 1) in (1, -1)
-    return "running_mean" in known if kind == "batch_norm" else kind in OPERATIONS
-
-
-def tensors_in(values):
-    """Return the tensors in nested lists, tuples and dicts."""
-    if isinstance(values, torch.Tensor):
-        return [values]
-    if isinstance(values, dict):
-        values = list(values.values())
-    if not isinstance(values, list | tuple):
-        return []
-    return [tensor for value in values for tensor in tensors_in(value)]
+    return kind in OPERATIONS
 
 
 @torch.no_grad()
@@ -313,16 +303,15 @@ def trace(model, image=None):
     training = model.training
     model.eval()
     parameter = next(model.parameters(), torch.zeros(0))
-    other = torch.linspace(0, 30, 1024, dtype=parameter.dtype, device=parameter.device)
-    other = other.sin().view(1, 1, 32, 32)
+    other = torch.linspace(0, 30, 1024).sin().view(1, 1, 32, 32).to(parameter)
     expected = model(other.clone())  # after it, lazy layers have their sizes
     image = torch.zeros_like(other) if image is None else image
     with Trace(model, image) as traced:
         output = model(image)
     model.train(training)
-    for layer in [layer for layer in traced.layers if layer.kind in LETTERS][-1:]:
-        if layer.output.shape == traced.layers[-1].output.shape:
-            layer.name = "Output"
+    named = [layer for layer in traced.layers if layer.kind in LETTERS]
+    if named and named[-1].output.shape == traced.layers[-1].output.shape:
+        named[-1].name = "Output"
     if output is not traced.last:
         traced.complain("forward returns something else than the last output")
     if not traced.problem:
@@ -341,14 +330,11 @@ def layer_table(traced):
 def main():
     traced = trace(LeNet())
     rows = layer_table(traced)
-    total = sum(row["parameters"] for row in rows)
-    rows.insert(0, {name: name for name in rows[0]})
-    rows.append(dict.fromkeys(rows[0], "") | {"layer": "Total", "parameters": total})
-    widths = [max(len(str(row[name])) for row in rows) for name in rows[0]]
-    for row in rows:
-        *texts, count = row.values()
-        texts = [text.ljust(width) for text, width in zip(texts, widths)]
-        print("  ".join(texts), f"{count:>10,}" if isinstance(count, int) else count)
+    lines = [[*rows[0]], *([str(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths)))
+    print(f"Total: {sum(row['parameters'] for row in rows):,} parameters")
     if traced.problem:
         print(f"The layers are not a chain: {traced.problem}")
 

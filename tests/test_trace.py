@@ -174,6 +174,11 @@ class Squared(Functional):
         return x * x
 
 
+class TimesAVector(Functional):
+    def forward(self, x):
+        return super().forward(x) @ torch.ones(10)
+
+
 class Weighted(Functional):
     def forward(self, x):
         return torch.add(super().forward(x), 1, alpha=2)
@@ -264,6 +269,7 @@ PROBLEMS = {
     Halves: "reshape makes 2 out of one image, after S2",
     AlongRows: "linear is not known here, or not in this use, after C1",
     Squared: "mul is not known here, or not in this use, after Output",
+    TimesAVector: "matmul is not known here, or not in this use, after F6",
     Weighted: "add is not known here, or not in this use, after Output",
     Reversed: "sub is not known here, or not in this use, after Output",
     SoftmaxOverTheBatch: "softmax is not known here, or not in this use, after Output",
