@@ -4,9 +4,11 @@ python images/compare.py              all runs in checkpoints/
 python images/compare.py relu tanh    these two
 """
 
+import itertools
 import sys
 from pathlib import Path
 
+import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -47,28 +49,47 @@ def group(runs):
     return list(groups.values())
 
 
+def spread(places, gap):
+    """Return `places` moved apart, so that between each two of them there is `gap` at least."""
+    order = sorted(range(len(places)), key=lambda i: places[i])
+    moved = list(places)
+    for before, i in itertools.pairwise(order):
+        moved[i] = max(moved[i], moved[before] + gap)
+    back = sum(moved) / len(moved) - sum(places) / len(places)  # up and down by equal amounts
+    return [place - back for place in moved]
+
+
 def plot(groups, path):
     """Draw validation loss and accuracy of the runs, a row for each of the `groups`."""
-    figure = Figure(figsize=(13, 4.8 * len(groups)), layout="constrained")
-    for runs, axes in zip(groups, figure.subplots(len(groups), 2, squeeze=False)):
-        runs = sorted(runs, key=lambda run: -run["history"][-1]["val_accuracy"])
+    heights = [max(4.8, 0.3 * len(runs)) for runs in groups]
+    figure = Figure(figsize=(13, sum(heights)), layout="constrained")
+    all_axes = figure.subplots(len(groups), 2, squeeze=False, height_ratios=heights)
+    colours = matplotlib.colormaps["tab10"].colors
+    for runs, axes in zip(groups, all_axes):
         for ax, key, scale, unit in (
             (axes[0], "val_loss", 1, "Validation loss (cross-entropy)"),
             (axes[1], "val_accuracy", 100, "Validation accuracy (%)"),
         ):
             curves = [[scale * row[key] for row in run["history"]] for run in runs]
-            for curve in curves:
-                ax.plot(range(1, len(curve) + 1), curve, ".-", linewidth=1.2)
             # The first epochs are far from the rest, which one wants to see.
             shown = [value for curve in curves for value in curve[len(curve) // 4 :]]
-            margin = 0.06 * (max(shown) - min(shown)) or 0.01
-            ax.set(ylim=(min(shown) - margin, max(shown) + margin), xlabel="Epoch", ylabel=unit)
+            low, high = min(shown), max(shown)
+            margin = 0.06 * (high - low) or 0.01
+            gap = (high - low + 2 * margin) / max(22, 1.2 * len(runs))
+            ends = spread([curve[-1] for curve in curves], gap)
+            last = max(map(len, curves))
+            right = last + 0.02 * (last - 1) + 0.1
+            for i, (run, curve, end) in enumerate(zip(runs, curves, ends)):
+                colour = colours[i % len(colours)]
+                ax.plot(range(1, len(curve) + 1), curve, ".-", color=colour, linewidth=1.2)
+                place = {"xy": (len(curve), curve[-1]), "xytext": (right + 0.02 * last, end)}
+                line = {"arrowstyle": "-", "color": colour, "alpha": 0.4}
+                ax.annotate(run["name"], **place, color=colour, va="center", arrowprops=line)
+            ax.set(ylim=(low - margin, high + margin), xlabel="Epoch", ylabel=unit)
+            ax.set_xlim(right=right)
             ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             ax.grid(alpha=0.3)
             ax.set_title(f"LeNet-5 on {runs[0]['dataset']}")
-        names = [run["name"] for run in runs]  # in the order in which their curves end
-        place = {"loc": "upper left", "bbox_to_anchor": (1, 1), "ncols": 1 + len(names) // 24}
-        axes[1].legend(axes[1].lines, names, **place)
     utils.save_figure(figure, path)
 
 
