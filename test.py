@@ -128,24 +128,21 @@ def draw_test_set(run, images, labels, shares, sample, folder):
     classes = run["classes"]
     confidence, predicted = shares.max(dim=1)
     right = predicted == labels
-
-    def draw(indices, title, name, percent=False):
-        captions = []
-        for i in indices.tolist():
-            mark = "\N{CHECK MARK}" if right[i] else "\N{BALLOT X}"
-            share = f" ({confidence[i]:.1%})" if percent else ""
-            truth = "" if right[i] else f"\nis {classes[labels[i]]}"
-            captions.append(f"{mark} {classes[predicted[i]]}{share}{truth}")
-        title = f"LeNet-5 on {run['dataset']}: {title}"
-        utils.plot_grid(images[indices], captions, title, folder / name, right[indices])
-
-    hits = right[sample].sum()
-    draw(sample, f"{len(sample)} random test images, {hits} of them right", "predict.png")
     wrong = (~right).nonzero().squeeze(1)
     worst = wrong[confidence[wrong].argsort(descending=True)][:64]
     which = f"all {len(wrong)}" if len(wrong) <= 64 else f"64 of {len(wrong)}"
-    if len(worst):
-        draw(worst, f"{which} wrong test images, the surest first", "mistakes.png", percent=True)
+    first = f"{len(sample)} random test images, {right[sample].sum()} of them right"
+    second = f"{which} wrong test images, the surest first"
+    for name, indices, title in (("predict", sample, first), ("mistakes", worst, second)):
+        captions = []
+        for i in indices.tolist():
+            mark = "\N{CHECK MARK}" if right[i] else "\N{BALLOT X}"
+            share = f" ({confidence[i]:.1%})" if name == "mistakes" else ""
+            truth = "" if right[i] else f"\nis {classes[labels[i]]}"
+            captions.append(f"{mark} {classes[predicted[i]]}{share}{truth}")
+        if captions:
+            title, path = f"LeNet-5 on {run['dataset']}: {title}", folder / f"{name}.png"
+            utils.plot_grid(images[indices], captions, title, path, right[indices])
 
 
 def plot_features(run, model, image, label, i, shares, path):
@@ -273,30 +270,30 @@ def choose_samples(right, labels):
     for label in labels.unique():
         hits = (right & (labels == label)).nonzero()[:, 0]
         misses = (~right & (labels == label)).nonzero()[:, 0]
-        misses = misses[: max(3, 10 - len(hits))]
-        samples += [hits[: 10 - len(misses)], misses]
+        samples.append(torch.cat([hits[:7], misses[:3], hits[7:], misses[3:]])[:10])
     return torch.cat(samples)
 
 
 def page_history(run, model):
     """Return for each epoch of which the run has a copy its accuracy, and its weights as int8."""
-    epochs = [{"epoch": run["epoch"]}]  # of the weights themselves
-    for each in run.get("snapshots", []):
-        if each["epoch"] == run["epoch"]:
+    epochs = []
+    for snapshot in run.get("snapshots", []):
+        if snapshot["epoch"] == run["epoch"]:
             continue
         copy = deepcopy(model)
-        copy.load_state_dict(each["weights"], strict=False)  # counts have no copy
+        copy.load_state_dict(snapshot["weights"], strict=False)  # counts have no copy
         tensors = tensors_of(trace(copy))
         scales = [max(tensor.abs().max().item(), 1e-30) / 127 for tensor in tensors]
         small = [(t / scale).round().to(torch.int8) for t, scale in zip(tensors, scales)]
-        epochs.append({"epoch": each["epoch"], "weights": base64(small), "scales": scales})
+        epochs.append({"epoch": snapshot["epoch"], "weights": base64(small), "scales": scales})
+    epochs.append({"epoch": run["epoch"]})  # of the weights themselves
+    validated = "val_accuracy" in run["history"][0]  # not so with --full
+    kind, name = ("val", "validation") if validated else ("train", "training")
     for each in epochs:
         if each["epoch"] > 0:
-            row = run["history"][each["epoch"] - 1]
-            split = "val" if "val_accuracy" in row else "train"  # with --full there is no other
-            each["accuracy"] = row[f"{split}_accuracy"]
-            each["of"] = {"val": "validation", "train": "training"}[split]
-    return sorted(epochs, key=lambda each: each["epoch"])
+            each["accuracy"] = run["history"][each["epoch"] - 1][f"{kind}_accuracy"]
+            each["of"] = name
+    return epochs
 
 
 def wilson_interval(correct, total, z=1.96):
@@ -537,7 +534,7 @@ def main_parts(mask):
         part = dilate(part, 3) * mask
         part = F.pad(part.flatten(), (1, 0))[part.long()]
     _, part, area = part.unique(return_inverse=True, return_counts=True)
-    area[part[mask == 0]] = 0
+    area[0] = 0  # that of the paper
     inside = area.clone()
     inside[border(part)] = 0
     if inside.max() > mask.numel() / 400:
