@@ -128,24 +128,21 @@ def draw_test_set(run, images, labels, shares, sample, folder):
     classes = run["classes"]
     confidence, predicted = shares.max(dim=1)
     right = predicted == labels
-
-    def draw(indices, title, name, percent=False):
-        captions = []
-        for i in indices.tolist():
-            mark = "\N{CHECK MARK}" if right[i] else "\N{BALLOT X}"
-            share = f" ({confidence[i]:.1%})" if percent else ""
-            truth = "" if right[i] else f"\nis {classes[labels[i]]}"
-            captions.append(f"{mark} {classes[predicted[i]]}{share}{truth}")
-        title = f"LeNet-5 on {run['dataset']}: {title}"
-        utils.plot_grid(images[indices], captions, title, folder / name, right[indices])
-
-    hits = right[sample].sum()
-    draw(sample, f"{len(sample)} random test images, {hits} of them right", "predict.png")
     wrong = (~right).nonzero().squeeze(1)
     worst = wrong[confidence[wrong].argsort(descending=True)][:64]
     which = f"all {len(wrong)}" if len(wrong) <= 64 else f"64 of {len(wrong)}"
-    if len(worst):
-        draw(worst, f"{which} wrong test images, the surest first", "mistakes.png", percent=True)
+    first = f"{len(sample)} random test images, {right[sample].sum()} of them right"
+    second = f"{which} wrong test images, the surest first"
+    for name, indices, title in (("predict", sample, first), ("mistakes", worst, second)):
+        captions = []
+        for i in indices.tolist():
+            mark = "\N{CHECK MARK}" if right[i] else "\N{BALLOT X}"
+            share = f" ({confidence[i]:.1%})" if name == "mistakes" else ""
+            truth = "" if right[i] else f"\nis {classes[labels[i]]}"
+            captions.append(f"{mark} {classes[predicted[i]]}{share}{truth}")
+        if captions:
+            title, path = f"LeNet-5 on {run['dataset']}: {title}", folder / f"{name}.png"
+            utils.plot_grid(images[indices], captions, title, path, right[indices])
 
 
 def plot_features(run, model, image, label, i, shares, path):
@@ -273,30 +270,30 @@ def choose_samples(right, labels):
     for label in labels.unique():
         hits = (right & (labels == label)).nonzero()[:, 0]
         misses = (~right & (labels == label)).nonzero()[:, 0]
-        misses = misses[: max(3, 10 - len(hits))]
-        samples += [hits[: 10 - len(misses)], misses]
+        samples.append(torch.cat([hits[:7], misses[:3], hits[7:], misses[3:]])[:10])
     return torch.cat(samples)
 
 
 def page_history(run, model):
     """Return for each epoch of which the run has a copy its accuracy, and its weights as int8."""
-    epochs = [{"epoch": run["epoch"]}]  # of the weights themselves
-    for each in run.get("copies", []):
-        if each["epoch"] == run["epoch"]:
+    epochs = []
+    for snapshot in run.get("copies", []):
+        if snapshot["epoch"] == run["epoch"]:
             continue
         copy = deepcopy(model)
-        copy.load_state_dict(each["weights"], strict=False)  # counts have no copy
+        copy.load_state_dict(snapshot["weights"], strict=False)  # counts have no copy
         tensors = tensors_of(trace(copy))
         scales = [max(tensor.abs().max().item(), 1e-30) / 127 for tensor in tensors]
         small = [(t / scale).round().to(torch.int8) for t, scale in zip(tensors, scales)]
-        epochs.append({"epoch": each["epoch"], "weights": base64(small), "scales": scales})
+        epochs.append({"epoch": snapshot["epoch"], "weights": base64(small), "scales": scales})
+    epochs.append({"epoch": run["epoch"]})  # of the weights themselves
+    validated = "val_accuracy" in run["history"][0]  # not so with --full
+    kind, name = ("val", "validation") if validated else ("train", "training")
     for each in epochs:
         if each["epoch"] > 0:
-            row = run["history"][each["epoch"] - 1]
-            split = "val" if "val_accuracy" in row else "train"  # with --full there is no other
-            each["accuracy"] = row[f"{split}_accuracy"]
-            each["of"] = {"val": "validation", "train": "training"}[split]
-    return sorted(epochs, key=lambda each: each["epoch"])
+            each["accuracy"] = run["history"][each["epoch"] - 1][f"{kind}_accuracy"]
+            each["of"] = name
+    return epochs
 
 
 def wilson_interval(correct, total, z=1.96):
@@ -324,15 +321,52 @@ SIDE = 208  # pixels, to which a larger picture is reduced: a stroke still has a
 UNSURE = 0.7  # from here on 95.7 % of 4,601 validation answers on FashionMNIST were right (default)
 
 
-def report_pictures(args, checkpoint, model, device):
+def report_pictures(args, run, model, device):
     """Print the likeliest classes of own pictures, draw what was seen, return the exit status.
 
     Accuracy is printed for those that lie in subfolders with the names of classes.
     """
-    dataset, classes = checkpoint["dataset"], checkpoint["classes"]
+    dataset, classes = run["dataset"], run["classes"]
+    pictures, status = read_pictures(args.image, dataset)
+    if not pictures:
+        return status
+    files, folders, images, steps = zip(*pictures)
+    images = torch.stack(images).to(device)
+    logits = utils.predict(model, images, run["mean"], run["std"]).cpu()
+    captions = []
+    for file, shares in zip(files, trace(model).shares(logits)):
+        best = [f"{classes[i]} ({p:.1%})" for p, i in zip(*shares.topk(3))]
+        print(f"{file}: {', '.join(best)}{'' if shares.max() >= UNSURE else ', unsure'}")
+        name = file.name.encode(errors="replace").decode()  # names are bytes, of any encoding
+        name = name if len(name) <= 28 else f"{name[:13]}…{name[-14:]}"
+        captions.append(f"{name}\n{best[0]}")
+
     names = [plain(name.partition("/")[0]) for name in classes]
-    files, labels, images, steps, status = [], [], [], [], 0
-    for path in args.image:
+    known = torch.tensor([folder in names for folder in folders])
+    if known.any():
+        labels = torch.tensor([names.index(folder) for folder in folders if folder in names])
+        predicted = logits.argmax(dim=1)[known]
+        hits, count = (labels == predicted).sum().item(), len(labels)
+        print(f"\nAccuracy in folders named by class: {hits / count:.1%} ({hits}/{count})")
+        print_classes(confusion_matrix(labels, predicted, len(classes)), classes)
+
+    path = args.output_dir / "images" / "own.png"
+    rows = [beside(each if len(files) == 1 else each[::2]) for each in steps[:64]]
+    title = f"What LeNet-5, trained on {dataset}, sees"
+    utils.plot_grid(torch.stack(rows), captions[:64], title, path)
+    print(f"Picture: {utils.relative(path)}{'' if len(files) <= 64 else ', the first 64'}")
+    return status
+
+
+def read_pictures(paths, dataset):
+    """Read all pictures that `paths` name, and tell of those that cannot be read.
+
+    Returns:
+        a list of file, plain name of its folder below the path, image (uint8, 28 x 28) and, for
+        the first 64, steps to be drawn; and the exit status, 2 if one cannot be read.
+    """
+    pictures, status = [], 0
+    for path in paths:
         for file in find_pictures(path):
             try:
                 *before, image = load_picture(file, dataset)
@@ -340,35 +374,10 @@ def report_pictures(args, checkpoint, model, device):
                 print(f"test.py: error: {' '.join(str(error).split())}", file=sys.stderr)
                 status = 2
                 continue
-            folder = plain(file.parent.name) if path in file.parent.parents else None
-            files.append(file)
-            labels.append(names.index(folder) if folder in names else -1)
-            images.append(image)
-            if len(steps) < 64:
-                steps.append([*before, F.pad(image, [2] * 4)])
-    if not files:
-        return status
-
-    images, labels = torch.stack(images).to(device), torch.tensor(labels)
-    logits = utils.predict(model, images, checkpoint["mean"], checkpoint["std"]).cpu()
-    captions = []
-    for file, row in zip(files, trace(model).shares(logits)):
-        best = [f"{classes[i]} ({p:.1%})" for p, i in zip(*row.topk(3))]
-        print(f"{file}: {', '.join(best)}{'' if row.max() >= UNSURE else ', unsure'}")
-        name = file.name.encode(errors="replace").decode()  # names are bytes, of any encoding
-        name = name if len(name) <= 28 else f"{name[:13]}…{name[-14:]}"
-        captions.append(f"{name}\n{best[0]}")
-
-    if (known := labels >= 0).any():
-        labels, predicted = labels[known], logits.argmax(dim=1)[known]
-        hits, count = (labels == predicted).sum().item(), len(labels)
-        print(f"\nAccuracy in folders named by class: {hits / count:.1%} ({hits}/{count})")
-        print_classes(confusion_matrix(labels, predicted, len(classes)), classes)
-    path = args.output_dir / "images" / "own.png"
-    rows = torch.stack([beside(each if len(files) == 1 else each[::2]) for each in steps])
-    utils.plot_grid(rows, captions[:64], f"What LeNet-5, trained on {dataset}, sees", path)
-    print(f"Picture: {utils.relative(path)}{'' if len(files) <= 64 else ', the first 64'}")
-    return status
+            folder = plain(file.parent.name) if path in file.parent.parents else ""
+            steps = [*before, F.pad(image, [2] * 4)] if len(pictures) < 64 else []
+            pictures.append((file, folder, image, steps))
+    return pictures, status
 
 
 def plain(name):
@@ -381,10 +390,10 @@ def find_pictures(path):
     if os.path.isdir(path):  # noqa: PTH112 - never raises
         endings = {end for end, name in Image.registered_extensions().items() if name in FORMATS}
         endings |= {".heic", ".heif"}  # refused, but not passed over
-        files = [file for file in path.rglob("[!.]*") if file.suffix.lower() in endings]
-        return sorted(files) or [path]
-    found = [] if os.path.lexists(path) else glob.glob(str(path))  # noqa: PTH207
-    return sorted(map(type(path), found)) or [path]
+        found = [file for file in path.rglob("[!.]*") if file.suffix.lower() in endings]
+    else:
+        found = [] if os.path.lexists(path) else map(type(path), glob.glob(str(path)))  # noqa: PTH207
+    return sorted(found) or [path]
 
 
 def beside(steps):
@@ -392,8 +401,8 @@ def beside(steps):
     tiles = []
     for step in steps:
         tile = ImageOps.pad(Image.fromarray(step.numpy()), (128, 128), Image.Resampling.BOX)
-        tiles += [torch.full((128, 8), 255, dtype=torch.uint8), torch.from_numpy(np.array(tile))]
-    return torch.cat(tiles[1:], dim=1)
+        tiles.append(np.pad(tile, ((0, 0), (0, 8)), constant_values=255))
+    return torch.from_numpy(np.hstack(tiles)[:, :-8])
 
 
 def load_picture(path, dataset):
@@ -408,12 +417,10 @@ def load_picture(path, dataset):
     """
     how = utils.DATASETS[dataset]
     grey = read_grey(path)
-    x = contrast(dark_on_bright(grey), how["strokes"])
-    background = border(x)
+    x = contrast(grey, how["strokes"])
     if how["strokes"]:
-        digit, background = find_digit(x)
-        x = x * digit
-    x = remove_grain(x, background)
+        strokes = main_parts((x > x.max() / 3).float())
+        x = x * dilate(strokes, 5)  # with their soft edges
     if not x.any():
         raise utils.Error(
             f"{utils.relative(path)} shows nothing that stands out from its background: take it "
@@ -425,40 +432,38 @@ def load_picture(path, dataset):
 
 def read_grey(path):
     """Read a picture as grey levels (float, 0 to 255, H x W), upright, H and W <= SIDE."""
-    shown = utils.relative(path)
     warnings.filterwarnings("ignore", module="PIL")  # of sizes and EXIF: we have PIXEL_LIMIT
     Image.init()
-    try:
-        with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as picture:
+    with utils.refuse(path, "{path} is no picture that can be read: {error}"):
+        if not path.exists():
+            raise utils.Error(f"{utils.relative(path)} does not exist")
+        if path.is_dir():
+            raise utils.Error(f"{utils.relative(path)} is a folder without pictures")
+        try:
+            formats = [name for name in FORMATS if name in Image.OPEN]
+            picture = Image.open(path, formats=formats)
+        except UnidentifiedImageError as error:
+            heic = "HEIC, of iPhones, is not read here: save it as JPEG"
+            raise ValueError(heic if path.read_bytes()[4:8] == b"ftyp" else error) from error
+        with picture:
             if picture.width * picture.height > PIXEL_LIMIT:
                 raise ValueError(f"it is too large: {picture.width}x{picture.height} pixels")
             if getattr(picture, "is_animated", False) and picture.format != "MPO":
                 raise ValueError("it is animated: save the one picture that you mean")
-            deep = picture.mode.startswith(("I", "F"))  # 16 bits and more
-            if picture.mode not in ("RGB", "RGBA", "L"):  # which are scaled first, to save memory
-                picture = picture.convert("F" if deep else "RGBA")
-            # Bicubic reduction, which overshoots, may overflow at the widest levels.
-            smooth = Image.Resampling.BOX if deep else Image.Resampling.BICUBIC
-            picture.thumbnail((SIDE, SIDE), smooth)
-            picture = ImageOps.exif_transpose(picture).convert("F" if deep else "RGBA")
-    except FileNotFoundError:
-        raise utils.Error(f"{shown} does not exist") from None
-    except IsADirectoryError:
-        raise utils.Error(f"{shown} is a folder without pictures") from None
-    except UnidentifiedImageError as error:
-        heic = "HEIC, of iPhones, is not read here: save it as JPEG"
-        reason = heic if path.read_bytes()[4:8] == b"ftyp" else error
-        raise utils.Error(f"{shown} is no picture that can be read: {reason}") from error
-    except Exception as error:  # a damaged file can fail in any way
-        raise utils.Error(f"{shown} is no picture that can be read: {error}") from error
-
-    if picture.mode == "F":
-        grey = torch.from_numpy(np.array(picture, dtype=float))
-        if not grey.isfinite().all():
-            raise utils.Error(f"{shown} has pixels that are no numbers: save it anew")
-        low, high = grey.min(), grey.max()
-        return (255 * (grey - low) / (high - low).clamp(min=1e-30)).float()
-    grey = torch.from_numpy(np.array(picture.convert("RGB").convert("L"))).float()
+            mode = "F" if picture.mode.startswith(("I", "F")) else "RGBA"  # F: 16 bits and more
+            if picture.mode not in ("RGB", "L"):  # which are reduced first, to save memory
+                picture = picture.convert(mode)
+            picture.thumbnail((SIDE, SIDE), Image.Resampling.BOX)
+            picture = ImageOps.exif_transpose(picture).convert(mode)
+    if mode == "F":
+        levels = np.array(picture, dtype=float)
+        if not np.isfinite(levels).all():
+            raise utils.Error(
+                f"{utils.relative(path)} has pixels that are no numbers: save it anew"
+            )
+        levels = np.interp(levels, (levels.min(), levels.max()), (0, 255))
+        return torch.from_numpy(levels).float()
+    grey = torch.from_numpy(np.array(picture.convert("L"))).float()
     alpha = torch.from_numpy(np.array(picture.getchannel("A"))) / 255
     # What is transparent becomes white behind a dark object and black behind a bright one.
     mean = (grey * alpha).sum() / alpha.sum().clamp(min=1)
@@ -470,12 +475,6 @@ def border(x):
     return torch.cat([x[0], x[-1], x[:, 0], x[:, -1]])
 
 
-def dark_on_bright(grey):
-    """Return grey levels (float, H x W), turned round if the background is the darker part."""
-    low, high = grey.min(), grey.max()
-    return low + high - grey if border(grey).median() < (low + high) / 2 else grey
-
-
 def dilate(x, size):
     """Return the maximum of x (float, H x W) over squares of `size` (odd) pixels."""
     x = F.max_pool2d(x[None], (1, size), stride=1, padding=(0, size // 2))
@@ -483,17 +482,26 @@ def dilate(x, size):
 
 
 def contrast(grey, strokes):
-    """Return by which share pixels (float, H x W) are darker than the paper behind them.
+    """Return by which share pixels (float, H x W) differ from the background, less its grain.
 
     Behind strokes it is what a closing leaves, which fills in whatever is narrower than a fifth of
     the picture: light and shadow go. An article covers too much for that, and has a plane.
     """
+    low, high = grey.min(), grey.max()
+    if border(grey).median() < (low + high) / 2:  # bright on dark
+        grey = low + high - grey
     if strokes:
         size = min(SIDE // 5, max(grey.shape)) | 1
         paper = -dilate(-dilate(grey, size), size)
     else:
         paper = border_plane(grey)
-    return (paper - grey) / paper.clamp(min=1)
+    x = (paper - grey) / paper.clamp(min=1)
+    background = x[x <= x.max() / 2] if strokes else border(x)
+    level = background.median()
+    grain = 4 * (background - level).abs().median()
+    x = (x - level - grain).clamp(min=0)
+    visible = x.any() and x[x > 0].quantile(0.75) > max(grain / 2, 1 / 512)
+    return x if visible else torch.zeros_like(x)
 
 
 def border_plane(grey):
@@ -503,34 +511,21 @@ def border_plane(grey):
     best counts (Rousseeuw, "Least median of squares regression", 1984).
     """
     down, across = (torch.linspace(-1, 1, side) for side in grey.shape)
-    planes = torch.stack([torch.ones_like(grey), *torch.meshgrid(down, across, indexing="ij")])
-    sides, levels = border(planes.permute(1, 2, 0)), border(grey)
+    grid = torch.meshgrid(down, across, indexing="ij")
+    planes = torch.stack([torch.ones_like(grey), *grid], dim=2)
+    sides, levels = border(planes), border(grey)
     best = torch.arange(len(levels))
     for _ in range(10):
-        fit = torch.linalg.pinv(sides[best]) @ levels[best]
-        best = (levels - sides @ fit).abs().topk(len(levels) // 2 + 1, largest=False).indices
-    return (planes * fit.view(3, 1, 1)).sum(dim=0)
-
-
-def find_digit(x):
-    """Return a mask of a digit's strokes with their soft edges, and the pixels that are paper.
-
-    The threshold is the one half way between the means of the two sides (Ridler and Calvard,
-    "Picture thresholding using an iterative selection method", 1978).
-    """
-    threshold = x.max() / 2
-    for _ in range(20):
-        ink, paper = x[x > threshold], x[x <= threshold]
-        if len(ink):
-            threshold = (ink.mean() + paper.mean()) / 2
-    return dilate(main_parts((x > threshold).float()), 5), paper
+        plane = torch.linalg.pinv(sides[best]) @ levels[best]
+        best = (levels - sides @ plane).abs().topk(len(levels) // 2 + 1, largest=False).indices
+    return planes @ plane
 
 
 def main_parts(mask):
     """Return those connected parts of a mask (float, 0 or 1, H x W) that may belong to a digit.
 
-    Parts at the border, as of shadows and tables, are out if another is a fifth of the picture
-    high; so are specks, with less than 3 % of the largest area.
+    Parts at the border, as of shadows and tables, are out if there is another of some size; so are
+    specks, with less than 3 % of the largest area.
     """
     part, before = torch.arange(1.0, mask.numel() + 1).view(mask.shape) * mask, mask
     # Each pixel takes the largest number nearby, then that pixel's own: parts fill in few rounds.
@@ -539,28 +534,12 @@ def main_parts(mask):
         part = dilate(part, 3) * mask
         part = F.pad(part.flatten(), (1, 0))[part.long()]
     _, part, area = part.unique(return_inverse=True, return_counts=True)
-    area[part[mask == 0]] = 0
-    rows = torch.arange(len(mask)).view(-1, 1)
-    height = (part * len(mask) + rows).unique().div(len(mask), rounding_mode="floor").bincount()
+    area[0] = 0  # that of the paper
     inside = area.clone()
     inside[border(part)] = 0
-    if (height[inside > 0] >= len(mask) / 5).any():
+    if inside.max() > mask.numel() / 400:
         area = inside
     return (area > 0.03 * area.max())[part].float()
-
-
-def remove_grain(x, background):
-    """Return x (float, H x W) without what paper has, too: 0 unless something stands out of it.
-
-    Args:
-        background: pixels (float, N) that show paper. Its grain goes up to four times the median
-            distance from its median.
-    """
-    level = background.median()
-    grain = 4 * (background - level).abs().median()
-    x = (x - level - grain).clamp(min=0)
-    visible = (x > 0).any() and x[x > 0].quantile(0.75) > max(grain / 2, 1 / 512)
-    return x if visible else torch.zeros_like(x)
 
 
 def fit(x, box, by_mass):
