@@ -87,7 +87,7 @@ def page(browser):
         browser.execute_script("keep(null); choose(Object.keys(networks)[0])")
     else:
         open_page(browser, PAGE)
-    browser.execute_script("clear()")
+    browser.execute_script("load(null)")
     yield browser
     assert browser.execute_script("return window.problems") == []
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
@@ -118,6 +118,7 @@ class Lenet1998(nn.Module):
 
 
 NETWORKS = {  # a few layers each, so that together they have all that the page can show
+    "LeNet": judge.LeNet,
     "ReLU, max-pooling, 26 classes": lambda: nn.Sequential(
         *(nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)),
@@ -142,7 +143,8 @@ NETWORKS = {  # a few layers each, so that together they have all that the page 
 def written(tmp_path_factory):
     """Write the page of a network with random weights; return its path, the images and logits."""
 
-    def written(model, num_classes=10, **more):
+    def written(model, **more):
+        num_classes = judge.trace(model).layers[-1].output.numel()
         checkpoint = {
             **{"name": "Glyphs", "dataset": "Glyphs"},
             "classes": [chr(ord("A") + i) for i in range(num_classes)],
@@ -187,17 +189,24 @@ def draw(page, strokes, size, x, y):
 
 def point_at(page, name, map=0, y=0, x=0):
     """Move the mouse to a value of a layer."""
-    canvas = page.find_element(By.ID, f"layer-{name.lower()}")
     script = (
-        "const layer = state.net.layers.find(each => each.name === arguments[0]);"
-        "const {place, after, canvas} = layer;"
-        "const [left, top] = corner(place, after, arguments[1]), half = place.scale / 2;"
-        "return [left + arguments[3] * place.scale + half - canvas.width / 2,"
-        "top + arguments[2] * place.scale + half - canvas.height / 2]"
+        "const {maps, after} = state.net.layers.find(each => each.name === arguments[0]);"
+        "return [maps.children[arguments[1]], after.height, after.width]"
     )
-    right, down = page.execute_script(script, name, map, y, x)
+    cell, height, width = page.execute_script(script, name, map)
+    size = cell.size
+    right = (x + 0.5) * size["width"] / width - size["width"] / 2
+    down = (y + 0.5) * size["height"] / height - size["height"] / 2
     actions = ActionChains(page, duration=5)
-    actions.move_to_element_with_offset(canvas, int(right), int(down)).perform()
+    actions.move_to_element_with_offset(cell, int(right), int(down)).perform()
+
+
+def keep(page, layer, i):
+    """Keep value `i` of the layer with this number in sight."""
+    page.execute_script(
+        "state.kept = false; keep({layer: state.net.layers[arguments[0]], i: arguments[1]})",
+        *(layer, i),
+    )
 
 
 def logits_of(page, images, what="logits"):
@@ -227,8 +236,7 @@ def test_logits_agree_with_the_network(page, dataset):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_other_networks(browser, written, name):
-    model, classes = NETWORKS[name](), 26 if "26" in name else 10
-    path, images, expected = written(model, classes)
+    path, images, expected = written(NETWORKS[name]())
     open_page(browser, path)
     torch.testing.assert_close(logits_of(browser, images[:20]), expected[:20], rtol=0, atol=1e-4)
     probabilities = expected if name.endswith(" softmax") else expected.softmax(dim=1)
@@ -237,7 +245,7 @@ def test_other_networks(browser, written, name):
     browser.find_elements(By.CSS_SELECTOR, "#samples button")[0].click()
     answers = [chr(ord("A") + i) for i in expected.argmax(dim=1).tolist()]
     assert text(browser, "answer") in answers
-    assert len(browser.find_elements(By.CSS_SELECTOR, "#bars div")) == classes
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#bars div")) == expected.shape[1]
     assert browser.execute_script("return problems") == []
 
 
@@ -270,11 +278,8 @@ def test_drawn_digits_are_recognised(page):
     choose(page, "MNIST")
     for digit, strokes in STROKES.items():
         for size, x, y in ((110, 140, 140), (60, 90, 180)):
-            script = (
-                "clear(); arguments[0].forEach(s => s.forEach((p, i) => line(s[i && i - 1], p)))"
-            )
             lines = [[{"x": x + size * px, "y": y + size * py} for px, py in s] for s in strokes]
-            page.execute_script(f"{script}; read()", lines)
+            page.execute_script("load(null); arguments[0].forEach(draw)", lines)
             assert text(page, "answer") == str(digit)
 
 
@@ -318,10 +323,10 @@ def test_explanation_is_in_sight_on_every_screen(page, width, height):
     assert sides[1] <= height == sides[3] or width < 500  # on a phone the layers are stacked
     for layer in (0, 1, 3, 7):
         top, bottom, layer_top, left, right = page.execute_script(
-            "const layer = state.net.layers[arguments[0]]; layer.canvas.scrollIntoView();"
-            "keep(layer, 0); const box = element('panel').getBoundingClientRect();"
+            "const layer = state.net.layers[arguments[0]]; layer.maps.scrollIntoView();"
+            "keep({layer, i: 0}); const box = element('panel').getBoundingClientRect();"
             "return [box.top, element('title').getBoundingClientRect().bottom,"
-            "layer.canvas.getBoundingClientRect().top, box.left, box.right]",
+            "layer.maps.getBoundingClientRect().top, box.left, box.right]",
             layer,
         )
         assert 0 <= top < bottom <= height
@@ -441,9 +446,9 @@ def test_contrast(theme):
 
 
 def test_numbers_on_colours_can_be_read(page):
+    keep(page, 3, 0)
     shown = page.execute_script(
-        "load(0); keep(state.net.layers[3], 0);"
-        "return [...document.querySelectorAll('.grid span')].map(cell =>"
+        "return [...document.querySelectorAll('[open] .grid span')].map(cell =>"
         "[cell.style.backgroundColor, cell.style.color])"
     )
     assert len(shown) == 3 * 25
@@ -458,21 +463,21 @@ def test_sigmoid_of_large_sums_shows_them(browser, written):
         model.c1.weight.mul_(1000)
     path, *_ = written(model)
     open_page(browser, path)
-    browser.execute_script("load(0); keep(state.net.layers[1], 40)")
+    keep(browser, 1, 40)
     assert "Infinity" not in text(browser, "panel")
     assert "NaN" not in text(browser, "panel")
     assert abs(number(browser.find_element(By.CSS_SELECTOR, ".total .number").text)) > 100
 
 
 def test_units_of_the_output_are_classes_and_weights_have_a_scale(page):
-    page.execute_script("load(0); keep(state.net.layers[7], 5)")
+    page.execute_script("load(0)")
+    keep(page, 7, 5)
     assert text(page, "panel").startswith("Output, Sandal: ")
     sizes = page.execute_script(
-        "const tile = element('detail').querySelector('canvas');"
-        "const {place, after} = state.net.layers[6];"
-        "return [tile.width, tile.height, ...sizeOf({...place, scale: 0.7 * place.scale}, after)]"
+        "const all = [element('detail').querySelector('.maps'), state.net.layers[6].maps];"
+        "return all.map(maps => maps.getBoundingClientRect()).map(box => box.width / box.height)"
     )
-    assert abs(sizes[0] / sizes[1] - sizes[2] / sizes[3]) < 0.05
+    assert abs(sizes[0] - sizes[1]) < 0.05
     low, high = page.execute_script(
         "const [low, , high] = document.querySelector('#detail .scale').childNodes;"
         "return [low.data, high.data]"
@@ -526,36 +531,39 @@ def number(text):
     return float(text.replace(MINUS, "-").removesuffix(" %"))
 
 
-def trained_like(model):
-    """Spread the weights, so that no layer is the same everywhere."""
+two_networks = pytest.mark.parametrize("name", ["LeNet", "ReLU, max-pooling, 26 classes"])
+
+
+def open_network(browser, written, name):
+    """Open the page of a network that is not the same everywhere; return it and its inputs."""
+    model = NETWORKS[name]()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3 if parameter.ndim > 1 else 1)
-    return model
+    path, *_ = written(model)
+    open_page(browser, path)
+    images = browser.execute_script("return state.net.samples.map(s => Array.from(s.image))")
+    images = torch.tensor(images, dtype=torch.uint8).view(-1, 28, 28)
+    return model, utils.normalise(F.pad(images, [2] * 4), 0.2, 0.3)
 
 
-@pytest.mark.parametrize("name", ["LeNet", "ReLU, max-pooling, 26 classes"])
+@two_networks
 def test_one_step_in_numbers(browser, written, name):
     """What is shown adds up to the digits shown, and is what PyTorch has."""
-    model = trained_like(judge.LeNet() if name == "LeNet" else NETWORKS[name]())
-    path, *_ = written(model, 10 if name == "LeNet" else 26)
-    open_page(browser, path)
-    chosen = browser.execute_script("load(3); return Array.from(state.image)")
-    image = torch.tensor(chosen, dtype=torch.uint8).view(1, 28, 28)
-    image = utils.normalise(F.pad(image, [2] * 4), 0.2, 0.3)
-    layers, x = judge.trace(model, image).layers, image
-    for index, layer in enumerate(layers):
+    model, images = open_network(browser, written, name)
+    x = images[3:4]
+    browser.execute_script("load(3)")
+    for index, layer in enumerate(judge.trace(model, x).layers):
         first = layer.operations[0].call(x.reshape(1, *layer.input))[0].flatten()
         x = layer.output[None]
         place = 7 * len(first) // 13
-        title, terms, cells, totals, pressed = browser.execute_script(
-            "keep(state.net.layers[arguments[0]], arguments[1]);"
-            "const all = query => [...element('detail').querySelectorAll(query)];"
+        keep(browser, index, place)
+        title, terms, cells, totals, windows = browser.execute_script(
+            "const all = (query, from = element('detail')) => [...from.querySelectorAll(query)];"
             "const last = each => each.querySelector('.number:last-child').textContent;"
-            "return [element('title').firstChild.data, all('.term').map(last),"
-            "all('.grid span').map(each => each.textContent), all('.total').map(last),"
-            "all('.term[aria-pressed=true]').map(last)]",
-            *(index, place),
+            "const cells = from => all('.grid span', from).map(each => each.textContent);"
+            "return [element('title').firstChild.data, all('.term').map(last), cells(),"
+            "all('.total').map(last), all('details').map(each => [last(each), cells(each)])]"
         )
         value = number(title.split(": ")[1])
         assert value == pytest.approx(layer.output.flatten()[place].item(), abs=6e-4)
@@ -565,9 +573,10 @@ def test_one_step_in_numbers(browser, written, name):
         count = 4 if layer.kind == "avg_pool2d" else 1
         assert total == pytest.approx(count * first[place].item(), abs=0.006)
         exactly = pytest.approx(total, abs=1e-9)
-        if layer.kind == "conv2d":
-            products = cells[2 * len(cells) // 3 :]
-            assert sum(products) == pytest.approx(number(pressed[0]), abs=1e-9)
+        assert bool(windows) == (layer.kind == "conv2d")
+        for shown, numbers in windows:  # those of the window, the kernel, and their products
+            products = map(number, numbers[2 * len(numbers) // 3 :])
+            assert sum(products) == pytest.approx(number(shown), abs=1e-9)
         if layer.kind in ("conv2d", "linear"):
             assert sum(map(number, terms)) == exactly
         else:
@@ -575,23 +584,19 @@ def test_one_step_in_numbers(browser, written, name):
 
 
 def test_softmax_in_numbers(page):
-    page.execute_script("load(0); keep(state.net.layers[7], 0)")
+    page.execute_script("load(0)")
+    keep(page, 7, 0)
     line = page.find_elements(By.CSS_SELECTOR, "#detail .row")[-1]
     how, share = (each.text for each in line.find_elements(By.TAG_NAME, "span"))
     values = re.fullmatch(rf"softmax: e\^\((\S+) {MINUS} (\S+)\) / (\S+)", how).groups()
     logit, most, total = map(number, values)
     assert 100 * math.exp(logit - most) / total == pytest.approx(number(share), abs=0.2)
-    assert page.find_element(By.CSS_SELECTOR, "#bars .marked span:last-child").text == share
+    assert page.find_element(By.CSS_SELECTOR, "#bars .marked .number").text == share
 
 
-@pytest.mark.parametrize("name", ["LeNet", "ReLU, max-pooling, 26 classes"])
+@two_networks
 def test_what_a_unit_answers_to(browser, written, name):
-    model = trained_like(judge.LeNet() if name == "LeNet" else NETWORKS[name]())
-    path, *_ = written(model, 10 if name == "LeNet" else 26)
-    open_page(browser, path)
-    samples = browser.execute_script("return state.net.samples.map(s => Array.from(s.image))")
-    samples = torch.tensor(samples, dtype=torch.uint8).view(-1, 28, 28)
-    x = utils.normalise(F.pad(samples, [2] * 4), 0.2, 0.3)
+    model, x = open_network(browser, written, name)
     with torch.no_grad():
         for index, layer in enumerate(judge.trace(model).layers):
             for operation in layer.operations:
@@ -601,10 +606,7 @@ def test_what_a_unit_answers_to(browser, written, name):
             values = x.view(len(x), len(layer.output), -1)  # images x maps x pixels
             map, area = 4, values.shape[2]
             strongest = values[:, map].amax(dim=1)
-            browser.execute_script(
-                "state.frozen = false; keep(state.net.layers[arguments[0]], arguments[1])",
-                *(index, map * area + area // 2),
-            )
+            keep(browser, index, map * area + area // 2)
             button = browser.find_element(By.CSS_SELECTOR, "#answers button")
             assert number(button.get_attribute("title").split(": ")[-1]) == pytest.approx(
                 strongest.max().item(), abs=6e-4
@@ -627,11 +629,10 @@ def test_test_images_are_marked_where_the_network_is_wrong(page):
     assert text(page, "verdict") == "✓ right"
 
 
-@pytest.mark.parametrize("name", ["LeNet", "ReLU, max-pooling, 26 classes"])
+@two_networks
 def test_watch_it_learn(browser, written, name):
     """At each place of the slider the page computes what the weights of that epoch do."""
-    make = judge.LeNet if name == "LeNet" else NETWORKS[name]
-    models, snapshots = [make() for _ in range(4)], []
+    models, snapshots = [NETWORKS[name]() for _ in range(4)], []
     for epoch, model in zip((0, 1, 2), models):
         for weight in model.state_dict().values():  # such as half precision and int8 can hold
             weight.random_(-127, 128).view(-1)[0] = 127
@@ -640,7 +641,7 @@ def test_watch_it_learn(browser, written, name):
         snapshots.append({"epoch": epoch, "weights": weights})
     history = [{"epoch": i, "val_accuracy": 0.1 * i} for i in (1, 2, 3)]
     how = {"epoch": 3, "history": history, "copies": snapshots}
-    path, images, _ = written(models[3], 10 if name == "LeNet" else 26, **how)
+    path, images, _ = written(models[3], **how)
     open_page(browser, path)
     browser.find_elements(By.CSS_SELECTOR, "#samples button")[2].click()
     slider, shown = browser.find_element(By.ID, "epoch"), []
@@ -649,7 +650,7 @@ def test_watch_it_learn(browser, written, name):
         expected = utils.predict(model, images[:10], 0.2, 0.3)
         tolerance = {"rtol": 0, "atol": 1e-4}
         torch.testing.assert_close(logits_of(browser, images[:10]), expected, **tolerance)
-        shown.append(browser.find_element(By.CSS_SELECTOR, "#bars div span:last-child").text)
+        shown.append(browser.find_element(By.CSS_SELECTOR, "#bars .number").text)
         slider.send_keys(Keys.ARROW_LEFT)
     assert text(browser, "when") == "epoch 0: random weights"
     assert len(set(shown)) > 1  # the drawing stays, and what is said of it follows
