@@ -672,8 +672,24 @@ def test_page_opens_with_a_test_image(browser):
     assert text(browser, "verdict") == "✓ right"
 
 
-def test_page_without_snapshots_has_no_slider(page):
-    assert not page.find_element(By.ID, "epochs").is_displayed()
+def test_page_that_comes_along_shows_how_both_networks_have_learnt(page):
+    for dataset in ("MNIST", "FashionMNIST"):
+        choose(page, dataset)
+        shown = []
+        for place in range(10):
+            page.execute_script("element('epoch').value = arguments[0]; goToEpoch()", place)
+            shown.append(text(page, "when"))
+        assert shown[0] == "epoch 0: random weights"
+        epochs = [int(re.match(r"epoch (\d+)", each)[1]) for each in shown]
+        assert epochs == [0, 1, 2, 4, 8, 16, 32, 64, 128, 150]
+        accuracies = [float(re.search(r"training (.+) %", each)[1]) for each in shown[1:]]
+        assert accuracies[-1] == max(accuracies) > accuracies[0]
+
+
+def test_page_without_copies_of_weights_has_no_slider(browser, written):
+    path, *_ = written(judge.LeNet())
+    open_page(browser, path)
+    assert not browser.find_element(By.ID, "epochs").is_displayed()
 
 
 def test_page_is_one_small_file():
