@@ -418,11 +418,9 @@ def load_picture(path, dataset):
     how = utils.DATASETS[dataset]
     grey = read_grey(path)
     x = contrast(grey, how["strokes"])
-    background = border(x)
     if how["strokes"]:
-        digit, background = find_digit(x)
-        x = x * digit
-    x = remove_grain(x, background)
+        strokes = main_parts((x > x.max() / 3).float())
+        x = x * dilate(strokes, 5)  # with their soft edges
     if not x.any():
         raise utils.Error(
             f"{utils.relative(path)} shows nothing that stands out from its background: take it "
@@ -455,9 +453,7 @@ def read_grey(path):
             mode = "F" if picture.mode.startswith(("I", "F")) else "RGBA"  # F: 16 bits and more
             if picture.mode not in ("RGB", "L"):  # which are reduced first, to save memory
                 picture = picture.convert(mode)
-            # Bicubic reduction, which overshoots, may overflow at the widest levels.
-            smooth = Image.Resampling.BOX if mode == "F" else Image.Resampling.BICUBIC
-            picture.thumbnail((SIDE, SIDE), smooth)
+            picture.thumbnail((SIDE, SIDE), Image.Resampling.BOX)
             picture = ImageOps.exif_transpose(picture).convert(mode)
     if mode == "F":
         levels = np.array(picture, dtype=float)
@@ -486,7 +482,7 @@ def dilate(x, size):
 
 
 def contrast(grey, strokes):
-    """Return by which share pixels (float, H x W) differ from the paper behind them.
+    """Return by which share pixels (float, H x W) differ from the background, less its grain.
 
     Behind strokes it is what a closing leaves, which fills in whatever is narrower than a fifth of
     the picture: light and shadow go. An article covers too much for that, and has a plane.
@@ -499,7 +495,13 @@ def contrast(grey, strokes):
         paper = -dilate(-dilate(grey, size), size)
     else:
         paper = border_plane(grey)
-    return (paper - grey) / paper.clamp(min=1)
+    x = (paper - grey) / paper.clamp(min=1)
+    background = x[x <= x.max() / 2] if strokes else border(x)
+    level = background.median()
+    grain = 4 * (background - level).abs().median()
+    x = (x - level - grain).clamp(min=0)
+    visible = x.any() and x[x > 0].quantile(0.75) > max(grain / 2, 1 / 512)
+    return x if visible else torch.zeros_like(x)
 
 
 def border_plane(grey):
@@ -517,20 +519,6 @@ def border_plane(grey):
         plane = torch.linalg.pinv(sides[best]) @ levels[best]
         best = (levels - sides @ plane).abs().topk(len(levels) // 2 + 1, largest=False).indices
     return planes @ plane
-
-
-def find_digit(x):
-    """Return a mask of a digit's strokes with their soft edges, and the pixels that are paper.
-
-    The threshold is the one half way between the means of the two sides (Ridler and Calvard,
-    "Picture thresholding using an iterative selection method", 1978).
-    """
-    threshold = x.max() / 2
-    for _ in range(20):
-        ink, paper = x[x > threshold], x[x <= threshold]
-        if len(ink):
-            threshold = (ink.mean() + paper.mean()) / 2
-    return dilate(main_parts((x > threshold).float()), 5), paper
 
 
 def main_parts(mask):
@@ -552,20 +540,6 @@ def main_parts(mask):
     if inside.max() > mask.numel() / 400:
         area = inside
     return (area > 0.03 * area.max())[part].float()
-
-
-def remove_grain(x, background):
-    """Return x (float, H x W) without what paper has, too: 0 unless something stands out of it.
-
-    Args:
-        background: pixels (float, N) that show paper. Its grain goes up to four times the median
-            distance from its median.
-    """
-    level = background.median()
-    grain = 4 * (background - level).abs().median()
-    x = (x - level - grain).clamp(min=0)
-    visible = (x > 0).any() and x[x > 0].quantile(0.75) > max(grain / 2, 1 / 512)
-    return x if visible else torch.zeros_like(x)
 
 
 def fit(x, box, by_mass):
