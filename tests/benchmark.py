@@ -86,7 +86,7 @@ def own_loop(images, labels, folder):
 
     def epoch():
         with contextlib.redirect_stdout(io.StringIO()):
-            new = run | {"history": []}
+            new = run | {"history": [], "copies": []}
             train.train(args, new, model, optimizers, (images, labels), None)
 
     return epoch

@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmark import own_loop
 from conftest import (
     SMALL,
     TINY,
@@ -396,3 +397,12 @@ def test_gpu_without_kernels_is_refused(monkeypatch):
         with pytest.raises(utils.Error, match=message):
             utils.choose_device(name)
     assert utils.choose_device("cpu") == torch.device("cpu")
+
+
+def test_benchmark_trains_with_the_own_loop(tmp_path):
+    images = torch.randint(256, (300, 28, 28), dtype=torch.uint8)
+    epoch = own_loop(images, torch.arange(300) % 10, tmp_path)
+    epoch()
+    epoch()  # each time from the start
+    run = utils.load_checkpoint(tmp_path / "checkpoints" / "benchmark" / "last.pt")
+    assert run["epoch"] == len(run["history"]) == 1
