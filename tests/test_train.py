@@ -404,5 +404,5 @@ def test_benchmark_trains_with_the_own_loop(tmp_path):
     epoch = own_loop(images, torch.arange(300) % 10, tmp_path)
     epoch()
     epoch()  # each time from the start
-    run = utils.load_checkpoint(tmp_path / "checkpoints" / "benchmark" / "last.pt")
+    run = utils.load(tmp_path / "checkpoints" / "benchmark" / "last.pt")
     assert run["epoch"] == len(run["history"]) == 1
