@@ -37,7 +37,7 @@ def archives(monkeypatch):
         packed[name] = gzip.compress(idx_header(*sizes) + content)
     sums = [(name, hashlib.md5(content).hexdigest()) for name, content in packed.items()]
     monkeypatch.setattr(datasets.FashionMNIST, "resources", sums)
-    monkeypatch.setattr(utils, "TIMEOUT", 0.2)
+    monkeypatch.setattr(utils, "TIMEOUT", 1)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     return packed
 
