@@ -291,16 +291,16 @@ COLUMNS = "{:>9}{:>16}{:>13}{:>11}{:>18}{:>11}{:>10}"
 NAMES = ("epoch", "learning rate", "train loss", "accuracy", "validation loss", "accuracy")
 
 
-def print_start(args, run, model, count, val_count):
+def print_start(args, run, model, traced, count, val_count):
     """Print what is trained on how many images, and what one should know before."""
     best, last = utils.file_of(args, run, "best.pt"), utils.file_of(args, run, "last.pt")
     done, epochs = len(run["history"]), run["options"]["epochs"]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"LeNet-5 with {parameters:,} parameters on {next(model.parameters()).device}")
     print(f"{run['dataset']}: {count:,} images to train on, {val_count:,} for validation")
-    if softmax := trace(model).softmax:
-        note = f"forward ends in {softmax}, and the loss has one of its own: return the values "
-        print(f"Warning: {note}before it", file=sys.stderr)
+    if traced.softmax:
+        note = f"forward ends in {traced.softmax}, and the loss has one of its own: return the "
+        print(f"Warning: {note}values before it", file=sys.stderr)
     if not done and last.exists():
         note = f"the run in {utils.relative(last.parent)} is overwritten after the first epoch; "
         note += "to keep it, stop with Ctrl-C, and start with another --name, or --resume it"
@@ -382,9 +382,10 @@ def start(args, run, device, train_set, val_set):
         if not best.exists() or best.stat().st_mtime < last.stat().st_mtime:
             keep_best(args, run)  # a crash may have come between the two
     run.setdefault("copies", [] if run["history"] else [copy_weights(model, epoch=0)])
-    run |= {"format": utils.FORMAT, "layers": layer_table(trace(model))}
+    traced = trace(model)
+    run |= {"format": utils.FORMAT, "layers": layer_table(traced)}
     run |= {"classes": classes, "mean": mean, "std": std}
-    print_start(args, run, model, len(train_set[1]), val_count)
+    print_start(args, run, model, traced, len(train_set[1]), val_count)
     try:
         train(args, run, model, optimizers, train_set, val_set)
     except KeyboardInterrupt:
