@@ -330,11 +330,14 @@ def layer_table(traced):
 def main():
     traced = trace(LeNet())
     rows = layer_table(traced)
-    lines = [[*rows[0]], *([str(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines:
-        print("  ".join(text.ljust(width) for text, width in zip(line, widths)))
-    print(f"Total: {sum(row['parameters'] for row in rows):,} parameters")
+    total = sum(row["parameters"] for row in rows)
+    rows.insert(0, {name: name for name in rows[0]})
+    rows.append(dict.fromkeys(rows[0], "") | {"layer": "Total", "parameters": total})
+    widths = [max(len(str(row[name])) for row in rows) for name in rows[0]]
+    for row in rows:
+        *texts, count = row.values()
+        texts = [text.ljust(width) for text, width in zip(texts, widths)]
+        print("  ".join(texts), f"{count:>10,}" if isinstance(count, int) else count)
     if traced.problem:
         print(f"The layers are not a chain: {traced.problem}")
 
