@@ -1,4 +1,4 @@
-"""Draw architecture.png, beside this file, from the layers of the network itself.
+"""Print the table of the network in model.py, and draw it to images/architecture.png.
 
 python images/architecture.py
 """
@@ -6,106 +6,110 @@ python images/architecture.py
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+import utils
+from images import plots
+from images.trace import table, trace
+from model import LeNet
 
-import utils  # noqa: E402 - the line above finds it
-from model import RESHAPES, LeNet, trace  # noqa: E402
-
-COLOURS = {"I": "white", "C": "#cfe3f7", "S": "#fde3c8", "F": "#d5efd9", "O": "#d5efd9"}
-WORDS = {"conv2d": "convolution", "linear": "full\nconnection"}
-WORDS |= {"avg_pool2d": "average pooling", "max_pool2d": "max-pooling"}
-PIXEL, BAR, GAP = 0.1, 0.28, 1.0  # sizes of a pixel, of the bar of units, and between layers
-
-
-def outline(ax, x, y, width, height, colour="none", zorder=3, lean=0):
-    """Draw a rectangle from its lower left corner; `lean` moves its lower edge to the right."""
-    foot, top = x + lean, y + height
-    xs, ys = [x, x + width, foot + width, foot], [top, top, y, y]
-    ax.fill(xs, ys, facecolor=colour, edgecolor="black", linewidth=0.8, zorder=zorder)
+COLORS = {"I": "white", "C": "#cfe3f7", "S": "#fde3c8", "F": "#d5efd9", "O": "#d5efd9"}
+LABELS = {
+    "conv2d": "convolution",
+    "avg_pool2d": "average pooling",
+    "max_pool2d": "max pooling",
+    "linear": "fully\nconnected",
+}
+PIXEL, BAR, GAP = 0.1, 0.28, 1.0  # size of a pixel, width of a bar, distance between layers
 
 
-def draw_stack(ax, layer, left):
-    """Draw a layer; return where it ends (left, right, top), and its front map: x, y, w, h."""
-    colour = COLOURS[layer.name[0]]
+def draw_box(ax, x, y, width, height, color="none", zorder=3):
+    """Draw a rectangle with its lower left corner at x, y."""
+    style = {"facecolor": color, "edgecolor": "black", "linewidth": 0.8, "zorder": zorder}
+    ax.add_patch(Rectangle((x, y), width, height, **style))
+
+
+def draw_layer(ax, layer, left):
+    """Draw maps as a stack, or units as a bar. Return the front map or bar: x, y, width, height."""
     count, rows, columns = (*layer.output.shape, 1, 1)[:3]
-    across, height = columns * PIXEL, rows * PIXEL
-    if rows * columns > 1:  # feature maps: a stack of planes, the last one in front
-        step = min(0.2, 1.6 / count)
-        spread = (count - 1) * step
-        for i in range(count):
-            x, y = left + i * step, spread / 2 - i * step - height / 2
-            outline(ax, x, y, across, height, colour, 2)
-        right, top = left + across + spread, (height + spread) / 2
+    if rows * columns > 1:
         label = f"{count}@{rows}x{columns}"
-    else:  # units: a bar, leaning as the stacks do
-        top = 0.015 * min(count, 150) + 0.15
-        x, y, lean = left, -top, 0.7 * top
-        outline(ax, x, y, BAR, 2 * top, colour, 2, lean)
-        right, label = left + lean + BAR, f"{count}"
-    ax.text(left, top + 0.12, f"{layer.name.upper()}\n{label}", va="bottom", fontsize=13)
-    return (left, right, top), (x, y, across, height)
-
-
-def draw_step(ax, stack, source, target):
-    """Draw what leads from one stack of planes or bar of units, `source`, to the next."""
-    first, *others = [operation for layer in stack for operation in layer.operations]
-    (left, right, top), (x, y, across, height) = source
-    (to_left, to_right, to_top), (to_x, to_y, to_across, to_height) = target
-    text = WORDS[first.kind]
-    if "kernel_size" in first.numbers and height > PIXEL:
-        # One window, and the pixel or the unit that sees it.
-        rows, columns = first.numbers["kernel_size"]
-        text = f"{rows}x{columns}\n{text}"
-        x += 0.75 * (across - columns * PIXEL)
-        y += 0.2 * (height - rows * PIXEL)
-        outline(ax, x, y, columns * PIXEL, rows * PIXEL)
-        end_x, end_y, end = to_left + 0.35 * to_top, 0, 0
-        if to_height > PIXEL:
-            end_x, end_y, end = to_x + 0.25 * to_across, to_y + 0.6 * to_height, PIXEL
-            outline(ax, end_x, end_y, PIXEL, PIXEL)
-        xs = [x + columns * PIXEL] * 2, [end_x] * 2
-        ys = [y, y + rows * PIXEL], [end_y, end_y + end]
+        width, height, planes = columns * PIXEL, rows * PIXEL, count
     else:
-        xs = [left + BAR, right], [to_left, to_right - BAR]
-        ys = [top, -top], [to_top, -to_top]
-    ax.plot(xs, ys, color="black", linewidth=0.7, zorder=4)
-    words = [f"{each.kind} {each}".strip() for each in others if each.kind not in RESHAPES]
-    text = "\n+ ".join([text, *words])
-    middle = (left + right + to_left + to_right) / 4
-    ax.text(middle, -2.6, text, ha="center", va="top", fontsize=12, color=utils.GREY)
+        label = f"{count}"
+        left += 0.8  # room for the texts below
+        width, height, planes = BAR, 0.03 * min(count, 150) + 0.3, 1
+    step = min(0.2, 1.6 / planes)
+    spread = (planes - 1) * step
+    for i in range(planes):
+        x, y = left + i * step, spread / 2 - i * step - height / 2
+        draw_box(ax, x, y, width, height, COLORS[layer.name[0]], zorder=2)
+    place = left, (height + spread) / 2 + 0.12
+    ax.text(*place, f"{layer.name.upper()}\n{label}", va="bottom", fontsize=13)
+    return x, y, width, height
 
 
-def draw(layers, path):
-    """Draw the layers as stacks of planes, in the manner of figure 2 of LeCun et al. (1998).
+def draw_connection(ax, layer, source, target, before):
+    """Draw what leads from one layer to `layer`, and name it below.
 
     Args:
-        layers: those of `model.trace`; one without a stack of its own, such as dropout, is named
-            in the text below.
+        source, target: what `draw_layer` returned for the two.
+        before: names of what is applied to the input of `layer`.
     """
-    starts = [0, *(i for i, layer in enumerate(layers) if layer.kind in WORDS)]
-    stacks = [layers[start:end] for start, end in zip(starts, [*starts[1:], None])]
-    figure = Figure(figsize=(2.2 + 1.6 * len(stacks), 4.1), layout="constrained")
+    x, y, width, height = source
+    next_x, next_y, next_width, next_height = target
+    middle = (x + width + next_x) / 2
+    operation = layer.operations[0]
+    text = LABELS[operation.op]
+    if "kernel_size" in operation.attributes and width != BAR:
+        # One window, and the pixel or the unit that is computed from it.
+        rows, columns = operation.attributes["kernel_size"]
+        text = f"{rows}x{columns}\n{text}"
+        x += 0.75 * (width - columns * PIXEL)
+        y += 0.2 * (height - rows * PIXEL)
+        width, height = columns * PIXEL, rows * PIXEL
+        draw_box(ax, x, y, width, height)
+        next_x, next_y = next_x + 0.25 * next_width, next_y + 0.6 * next_height
+        next_height = PIXEL
+        draw_box(ax, next_x, next_y, PIXEL, PIXEL)
+    ends = [y, y + height], [next_y, next_y + next_height]
+    ax.plot([x + width, next_x], ends, color="black", linewidth=0.7, zorder=4)
+    text = "\n+ ".join([*before, text, *layer.activations()])
+    ax.text(middle, -2.6, text, ha="center", va="top", fontsize=12, color=plots.GRAY)
+
+
+@plots.default_style
+def draw(layers, path):
+    """Draw the layers, which `trace` returned, in the style of figure 2 of LeCun et al. (1998)."""
+    figure = Figure(figsize=(2.6 + 1.6 * len(layers), 4.1), layout="constrained")
     ax = figure.add_subplot(aspect="equal", ylim=(-3.6, 3.1))
     ax.axis("off")
-    places, left = [], 0
-    for first, *_ in stacks:
-        places.append(draw_stack(ax, first, left))
-        left = places[-1][0][1] + GAP
-    for stack, source, target in zip(stacks[1:], places, places[1:]):
-        draw_step(ax, stack, source, target)
+    source = draw_layer(ax, layers[0], left=0)
+    before = layers[0].activations()
+    for layer in layers[1:]:
+        target = draw_layer(ax, layer, left=source[0] + source[2] + GAP)
+        draw_connection(ax, layer, source, target, before)
+        source, before = target, []
     ax.text(1.6, 0, "5", ha="center", va="center", fontsize=80, family="DejaVu Serif", zorder=2.5)
-    utils.save_figure(figure, path, dpi=110)
+    plots.save_figure(figure, path, dpi=110)
 
 
 def main(argv=None):
-    utils.Parser("Draw images/architecture.png from the network in model.py.").parse_args(argv)
-    traced = trace(LeNet())
-    if traced.problem:
-        raise utils.Error(f"the layers of this network cannot be drawn: {traced.problem}")
-    draw(traced.layers, HERE / "architecture.png")
+    utils.Parser("Print and draw the layers of the network in model.py.").parse_args(argv)
+    layers = trace(LeNet())
+    rows = table(layers)
+    print(f"| {' | '.join(rows[0])} |\n|{'---|' * 6}---:|")  # a table in Markdown
+    for row in rows:
+        *cells, parameters = row.values()
+        print(f"| {' | '.join(cells)} | {parameters:,} |")
+    print(f"{sum(row['parameters'] for row in rows):,} parameters")
+    path = utils.ROOT / "images" / "architecture.png"
+    draw(layers, path)
+    print(f"Picture: {utils.shown(path)}")
 
 
 if __name__ == "__main__":

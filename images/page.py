@@ -1,34 +1,135 @@
-"""Put the shipped weights into lenet5.html, beside this file, which is the template itself.
+"""Build lenet5.html, a page that shows every layer of a network for an image drawn on it.
 
-python images/page.py
+python images/page.py    the page in this repository, with the pretrained networks
 """
 
-import importlib
+import copy
+import json
+import re
 import sys
+from base64 import b64encode
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import utils  # noqa: E402
-from model import LeNet  # noqa: E402
+import torch
 
-judge = importlib.import_module("test")  # the standard library has a test of its own
+import utils
+from images.trace import RESHAPES, Unsupported, trace
+from model import LeNet
+
+PAGE = utils.ROOT / "images" / "lenet5.html"  # also the template of all other pages
+
+
+def write(networks, path):
+    """Write lenet5.html with `networks` first, followed by those that it has for other datasets.
+
+    Args:
+        networks: dict from names of datasets to what `describe_network` returns.
+
+    Raises:
+        Unsupported: a network has values that are infinite or NaN.
+    """
+    text = PAGE.read_text(encoding="utf-8")
+    head, data, tail = re.split(r"(?<=id=\"networks\">)(.*?)(?=</script>)", text, maxsplit=1)
+    others = {name: value for name, value in json.loads(data).items() if name not in networks}
+    try:
+        data = json.dumps(networks | others, allow_nan=False)
+    except ValueError as error:
+        raise Unsupported("it has values that are infinite or NaN") from error
+    data = data.replace("</", "<\\/")  # in a name it would end the script
+    utils.write_file(path, f"{head}{data}{tail}".encode())
+
+
+def describe_network(run, model, images, labels, outputs):
+    """Return what the page needs to know about a network, as plain values.
+
+    Args:
+        model: on the CPU, with the weights of `run`.
+        images: the test split, uint8, N x 28 x 28; labels: int64, N.
+        outputs: of the network for `images`, float, N x classes.
+    """
+    dataset = utils.DATASETS[run["dataset"]]
+    layers = trace(model)
+    samples = torch.cat([(labels == label).nonzero()[:10, 0] for label in labels.unique()])
+    hits = (outputs.argmax(dim=1) == labels).sum()
+    name = "" if run["name"] == run["dataset"] else f" {run['name']}"
+    about = f"Run{name} on {run['dataset']}, epoch {run['epoch']}: "
+    return {
+        "classes": dataset.classes,
+        "mean": run["mean"],
+        "std": run["std"],
+        "box": dataset.object_size,
+        "by_mass": dataset.centered_by_mass,
+        "about": f"{about}{hits} of {len(labels):,} test images correct",
+        "layers": [describe_layer(layer) for layer in layers],
+        "weights": base64(tensors_of(layers)),
+        "history": describe_history(run, model),
+        "samples": base64([images[samples]]),
+        "labels": labels[samples].tolist(),
+        "logits": base64([outputs[samples]]),
+    }
+
+
+def describe_layer(layer):
+    operations = [
+        {
+            "kind": operation.op,
+            "numbers": operation.attributes,
+            "tensors": {name: tensor.shape for name, tensor in operation.tensors.items()},
+        }
+        for operation in layer.operations
+        if operation.op not in RESHAPES
+    ]
+    shapes = {"input": layer.input_shape, "output": layer.output.shape}
+    return {"name": layer.name, **shapes, "operations": operations}
+
+
+def describe_history(run, model):
+    """Return the weights of each snapshot, in 8 bits, and the accuracy after its epoch."""
+    split, name = ("val", "validation") if run["counts"][1] else ("train", "training")
+    epochs = []
+    for snapshot in run["snapshots"]:
+        if snapshot["epoch"] < run["epoch"]:
+            earlier = copy.deepcopy(model)
+            earlier.load_state_dict(snapshot["weights"], strict=False)  # without integers
+            tensors = tensors_of(trace(earlier))
+            scales = [max(t.abs().max().item(), 1e-30) / 127 for t in tensors]
+            weights = base64([(t / s).round().to(torch.int8) for t, s in zip(tensors, scales)])
+            epochs.append({"epoch": snapshot["epoch"], "scales": scales, "weights": weights})
+    epochs.append({"epoch": run["epoch"]})  # with the weights of the network itself
+    for entry in epochs:
+        if entry["epoch"] > 0:
+            row = run["history"][entry["epoch"] - 1]
+            entry |= {"accuracy": row[f"{split}_accuracy"], "of": name}
+    return epochs
+
+
+def tensors_of(layers):
+    """Return the tensors of all operations, float, in order."""
+    operations = [operation for layer in layers for operation in layer.operations]
+    return [t.float() for operation in operations for t in operation.tensors.values()]
+
+
+def base64(tensors):
+    """Return the bytes of tensors, one after the other, as text."""
+    return b64encode(b"".join(t.contiguous().numpy().tobytes() for t in tensors)).decode()
 
 
 def main(argv=None):
-    utils.Parser("Put the shipped weights into images/lenet5.html.").parse_args(argv)
-    for dataset in ("MNIST", "FashionMNIST"):  # the one written last is shown first
+    utils.Parser("Build images/lenet5.html with the pretrained networks.").parse_args(argv)
+    networks = {}
+    for dataset in ("FashionMNIST", "MNIST"):
         path = utils.ROOT / "checkpoints" / f"lenet5-{dataset.lower()}.pt"
-        checkpoint = utils.load_checkpoint(path)
-        model = LeNet(num_classes=len(checkpoint["classes"]))
-        utils.restore(path, checkpoint, model)
+        run = utils.load_checkpoint(path)
+        model = LeNet(len(utils.DATASETS[dataset].classes))
+        utils.load_weights(path, run, model)
         images, labels = utils.load_images(dataset, utils.ROOT / "data", "test")
-        logits = utils.predict(model, images, checkpoint["mean"], checkpoint["std"])
-        right = (logits.argmax(dim=1) == labels).sum()
-        about = f"{right} of {len(labels):,} test images right"
-        judge.write_page(checkpoint, model, about, images, labels, HERE / "lenet5.html")
-    return 0
+        outputs = utils.predict(model, images, run["mean"], run["std"])
+        networks[dataset] = describe_network(run, model, images, labels, outputs)
+    write(networks, PAGE)
+    print(f"Page: {utils.shown(PAGE)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,145 @@
+"""Classify your own pictures, each of a single digit or a single article of clothing.
+
+LeNet-5 was trained on small images of one bright, centered object on black. Each picture is
+converted to this form first; images/own.png shows the result. `python test.py --image` calls this.
+"""
+
+import sys
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
+
+import utils
+from images import plots
+
+FORMATS = ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF"]  # none starts a program
+MAX_SIDE = 100  # pixels: larger pictures are shrunk, which also averages out noise and paper grain
+
+
+def classify(args, run, model):
+    """Print the three most likely classes of each picture, and draw the converted images.
+
+    Raises:
+        utils.Error: a picture cannot be read. All others are classified first.
+    """
+    info = utils.DATASETS[run["dataset"]]
+    device = next(model.parameters()).device
+    files = [file for path in args.image for file in find_pictures(path)]
+    images, captions = [], []
+    for file in files:
+        try:
+            image = load_picture(file, info)
+        except utils.Error as error:
+            print(f"Warning: {error}", file=sys.stderr)
+            continue
+        outputs = utils.predict(model, image[None].to(device), run["mean"], run["std"])
+        probabilities = utils.probabilities(outputs)[0]
+        best = [f"{info.classes[i]} ({p:.1%})" for p, i in zip(*probabilities.topk(3))]
+        print(f"{file}: {', '.join(best)}")
+        name = file.name.encode(errors="replace").decode()  # file names are arbitrary bytes
+        images.append(image)
+        captions.append(f"{name[:20]}\n{best[0]}")
+    if images:
+        path = args.output_dir / "images" / "own.png"
+        title = f"Your pictures as LeNet-5, trained on {run['dataset']}, sees them"
+        plots.draw_grid(torch.stack(images), captions, title, path)
+        print(f"Picture: {utils.shown(path)}")
+    failed = len(files) - len(images)
+    if failed:
+        raise utils.Error(f"{failed} of {len(files)} pictures could not be read")
+
+
+def find_pictures(path):
+    """Return the pictures in a directory, without subdirectories and hidden files, or `path`."""
+    if not path.is_dir():
+        return [path]
+    suffixes = [suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS]
+    files = [file for file in path.glob("[!.]*") if file.suffix.lower() in suffixes]
+    return sorted(files) or [path]  # a directory without pictures cannot be read
+
+
+def load_picture(path, info):
+    """Read a picture and make it look like the images of the dataset `info` (utils.DatasetInfo).
+
+    Returns:
+        uint8, 28 x 28, bright on black.
+
+    Raises:
+        utils.Error: it cannot be read, or there is no object in it.
+    """
+    with utils.errors_as(f"cannot read {path}: REASON", Exception):  # damaged files raise anything
+        gray = read_gray(path)
+    with utils.errors_as(f"cannot use {path}: REASON", ValueError):
+        image = subtract_background(gray, info.strokes)
+    threshold = 255 / 3 if info.strokes else 255 / 20  # above ruled lines and noise
+    image = image.point(lambda value: value if value > threshold else 0)
+    if info.strokes:
+        image = clear_border(image)
+    return torch.from_numpy(np.array(crop_and_center(image, info)))
+
+
+def read_gray(path):
+    """Read a picture as a small grayscale image, upright, with white where it is transparent."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # such as damaged EXIF data
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # about 90 million pixels
+        Image.init()
+        formats = [name for name in FORMATS if name in Image.OPEN]
+        with Image.open(path, formats=formats) as file:
+            picture = ImageOps.exif_transpose(file).convert("RGBA")
+    picture.thumbnail((MAX_SIDE, MAX_SIDE))
+    white = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(white, picture).convert("L")
+
+
+def subtract_background(gray, strokes):
+    """Return how much darker each pixel is than the background, stretched to 0..255.
+
+    For pen strokes the background is a blurred copy, which follows uneven light and shadows
+    (adaptive thresholding). Clothes fill too much of the picture for that: their background is
+    one level, the median along the border.
+    """
+    pixels = np.asarray(gray)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    if np.median(border) < sum(gray.getextrema()) / 2:  # bright on dark
+        gray, border = ImageOps.invert(gray), 255 - border
+    if strokes:
+        background = gray.filter(ImageFilter.GaussianBlur(MAX_SIDE / 5))
+    else:
+        background = Image.new("L", gray.size, int(np.median(border)))
+    difference = ImageChops.subtract(background, gray)  # negative values become 0
+    if difference.getextrema()[1] < 32:
+        raise ValueError("no object found, because there is too little contrast")
+    return ImageOps.autocontrast(difference)
+
+
+def clear_border(image):
+    """Erase everything connected to the border, such as a shadow or the edge of a table.
+
+    If almost nothing is left, the digit itself touches the border: keep the image as it is.
+    """
+    framed = ImageOps.expand(image, border=1, fill=255)
+    ImageDraw.floodfill(framed, (0, 0), 0, thresh=254)  # spreads over all pixels above 0
+    inside = ImageOps.crop(framed, border=1)
+    enough = np.count_nonzero(inside) > inside.width * inside.height / 200
+    return inside if enough else image
+
+
+def crop_and_center(image, info):
+    """Crop the object, and scale it to 28x28 pixels, as in the dataset.
+
+    In MNIST a digit is 20 pixels long, with its center of mass in the middle of the image (LeCun
+    et al. 1998, section III.A); in FashionMNIST an article fills the image (Xiao et al. 2017).
+    """
+    left, top, right, bottom = image.getbbox()
+    side = round(max(right - left, bottom - top) * 28 / info.object_size)
+    x, y = (left + right) / 2, (top + bottom) / 2
+    if info.centered_by_mass:
+        mass = np.asarray(image, dtype=float)
+        x = np.average(np.arange(image.width), weights=mass.sum(axis=0))
+        y = np.average(np.arange(image.height), weights=mass.sum(axis=1))
+    left, top = round(x - side / 2), round(y - side / 2)
+    image = image.crop((left, top, left + side, top + side))  # black outside the picture
+    return ImageOps.autocontrast(image.resize((28, 28)))
