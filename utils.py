@@ -266,7 +266,6 @@ def load_images(dataset, data_dir, split):
     Raises:
         Unavailable: the dataset is neither on disk nor can it be downloaded.
         Error: its files are damaged, or torchvision does not work.
-        ValueError: there is no such split.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split must be train or test, not {split!r}")
@@ -310,11 +309,7 @@ def load_training_images(dataset, data_dir):
 
 
 def read_with_torchvision(dataset, data_dir, train):
-    """Read one split with torchvision, which unpacks or downloads missing files.
-
-    Raises:
-        Unavailable, Error: as `load_images`.
-    """
+    """Read one split with torchvision, which unpacks or downloads missing files."""
     try:  # imported only here, because it takes seconds
         from torchvision import datasets
     except (ImportError, RuntimeError) as error:
@@ -358,9 +353,8 @@ def read_split(dataset_class, data_dir, train, download=False):
     """Return images (uint8, N x 28 x 28) and labels (int64, N) of a torchvision dataset."""
     name = dataset_class.__name__
     directory = shown(data_dir / name)
-    with errors_as(
-        f"the files in {directory} are damaged: delete it", AssertionError, KeyError, ValueError
-    ):
+    message = f"the files in {directory} are damaged: delete it"
+    with errors_as(message, AssertionError, KeyError, ValueError):
         data = dataset_class(data_dir, train=train, download=download)
     count, num_classes = len(data.targets), len(DATASETS[name].classes)
     if data.data.shape != (count, 28, 28) or data.targets.max() >= num_classes:

@@ -29,8 +29,7 @@ PIXEL, BAR, GAP = 0.1, 0.28, 1.0  # size of a pixel, width of a bar, distance be
 
 def draw_box(ax, x, y, width, height, color="none", zorder=3):
     """Draw a rectangle with its lower left corner at x, y."""
-    style = {"facecolor": color, "edgecolor": "black", "linewidth": 0.8, "zorder": zorder}
-    ax.add_patch(Rectangle((x, y), width, height, **style))
+    ax.add_patch(Rectangle((x, y), width, height, fc=color, ec="black", lw=0.8, zorder=zorder))
 
 
 def draw_layer(ax, layer, left):
@@ -48,17 +47,16 @@ def draw_layer(ax, layer, left):
     for i in range(planes):
         x, y = left + i * step, spread / 2 - i * step - height / 2
         draw_box(ax, x, y, width, height, COLORS[layer.name[0]], zorder=2)
-    place = left, (height + spread) / 2 + 0.12
-    ax.text(*place, f"{layer.name.upper()}\n{label}", va="bottom", fontsize=13)
+    text = f"{layer.name.upper()}\n{label}"
+    ax.text(left, (height + spread) / 2 + 0.12, text, va="bottom", fontsize=13)
     return x, y, width, height
 
 
 def draw_connection(ax, layer, source, target, before):
-    """Draw what leads from one layer to `layer`, and name it below.
+    """Draw what leads from one layer (`source`, from `draw_layer`) to the next, and name it below.
 
     Args:
-        source, target: what `draw_layer` returned for the two.
-        before: names of what is applied to the input of `layer`.
+        before: names of operations that come before that of `layer`.
     """
     x, y, width, height = source
     next_x, next_y, next_width, next_height = target
@@ -73,7 +71,8 @@ def draw_connection(ax, layer, source, target, before):
         y += 0.2 * (height - rows * PIXEL)
         width, height = columns * PIXEL, rows * PIXEL
         draw_box(ax, x, y, width, height)
-        next_x, next_y = next_x + 0.25 * next_width, next_y + 0.6 * next_height
+        next_x += 0.25 * next_width
+        next_y += 0.6 * next_height
         next_height = PIXEL
         draw_box(ax, next_x, next_y, PIXEL, PIXEL)
     ends = [y, y + height], [next_y, next_y + next_height]

@@ -35,7 +35,7 @@ def draw(groups, path):
     for runs, axes in zip(groups, figure.subplots(len(groups), 2, squeeze=False)):
         for ax, metric in zip(axes, ("loss", "accuracy")):
             curves = {run["name"]: [row[f"val_{metric}"] for row in run["history"]] for run in runs}
-            plots.plot_curves(ax, curves, metric, skip=0.25)
+            plots.plot_curves(ax, curves, metric)
             ax.set_title(f"LeNet-5 on {runs[0]['dataset']}: validation {metric}")
     plots.save_figure(figure, path)
 
@@ -43,8 +43,7 @@ def draw(groups, path):
 def main(argv=None):
     parser = utils.Parser("Compare runs of train.py.")
     add = parser.add_argument
-    text = "names of the runs (default: all)"
-    add("names", nargs="*", type=utils.run_name, metavar="NAME", help=text)
+    add("names", nargs="*", type=utils.run_name, metavar="NAME", help="runs (default: all)")
     add("--output-dir", type=utils.expand_path, default=utils.ROOT, help="that of train.py")
     path = utils.ROOT / "images" / "compare.png"
     add("--picture", type=utils.expand_path, default=path, help="picture to draw")

@@ -13,23 +13,19 @@ from images.trace import trace
 
 @plots.default_style
 def draw(run, model, images, labels, index, path):
-    """Draw the outputs of all layers for one test image, and the kernels of the first layer.
+    """Draw the outputs of all layers for image `index`, and the kernels of the first layer.
 
     Args:
         model: on the CPU, with the weights of `run`.
-        images: the test split, uint8, N x 28 x 28; labels: int64, N; index: of the image to draw.
-
-    Raises:
-        Unsupported: the network is not a chain of layers.
+        images: uint8, N x 28 x 28; labels: int64, N.
     """
     classes = utils.DATASETS[run["dataset"]].classes
     image = F.pad(images[index : index + 1], [2] * 4)
     layers = trace(model, utils.normalize(image, run["mean"], run["std"]))
-    first, output = layers[1], layers[-1].output
     panels = [("Input", image / 255, "gray")]
-    kernels = first.operations[0].tensors.get("weight", output)
+    kernels = layers[1].operations[0].tensors.get("weight", image)
     if kernels.ndim == 4 and kernels.shape[1] == 1:
-        panels.append((f"Kernels of {first.name}", kernels[:, 0], "RdBu_r"))
+        panels.append((f"Kernels of {layers[1].name}", kernels[:, 0], "RdBu_r"))
     panels += [(layer.name, layer.output, "gray") for layer in layers[1:-1]]
 
     mosaics = [mosaic(maps) for _, maps, _ in panels]
@@ -45,7 +41,7 @@ def draw(run, model, images, labels, index, path):
         ax.set_xlabel(f"{low:.2g}\nto {high:.2g}", fontsize=10)
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
-    percent = 100 * utils.probabilities(output[None])[0]
+    percent = 100 * utils.probabilities(layers[-1].output[None])[0]
     axes[-1].barh(classes, percent.tolist(), color=plots.BLUE)
     axes[-1].tick_params(axis="y", labelsize=min(10, 260 / len(classes)))
     axes[-1].set(xlim=(0, 100), ylim=(len(classes) - 0.5, -0.5))

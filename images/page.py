@@ -23,13 +23,9 @@ PAGE = utils.ROOT / "images" / "lenet5.html"  # also the template of all other p
 
 
 def write(networks, path):
-    """Write lenet5.html with `networks` first, followed by those that it has for other datasets.
+    """Write lenet5.html with `networks`, followed by those that it has for other datasets.
 
-    Args:
-        networks: dict from names of datasets to what `describe_network` returns.
-
-    Raises:
-        Unsupported: a network has values that are infinite or NaN.
+    `networks` is a dict from datasets to what `describe_network` returns.
     """
     text = PAGE.read_text(encoding="utf-8")
     head, data, tail = re.split(r"(?<=id=\"networks\">)(.*?)(?=</script>)", text, maxsplit=1)
@@ -54,8 +50,7 @@ def describe_network(run, model, images, labels, outputs):
     layers = trace(model)
     samples = torch.cat([(labels == label).nonzero()[:10, 0] for label in labels.unique()])
     hits = (outputs.argmax(dim=1) == labels).sum()
-    name = "" if run["name"] == run["dataset"] else f" {run['name']}"
-    about = f"Run{name} on {run['dataset']}, epoch {run['epoch']}: "
+    about = f"Run {run['name']}, epoch {run['epoch']}: "
     return {
         "classes": dataset.classes,
         "mean": run["mean"],
@@ -83,7 +78,7 @@ def describe_layer(layer):
         if operation.op not in RESHAPES
     ]
     shapes = {"input": layer.input_shape, "output": layer.output.shape}
-    return {"name": layer.name, **shapes, "operations": operations}
+    return {"name": layer.name, "operations": operations} | shapes
 
 
 def describe_history(run, model):

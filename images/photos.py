@@ -1,7 +1,7 @@
 """Classify your own pictures, each of a single digit or a single article of clothing.
 
-LeNet-5 was trained on small images of one bright, centered object on black. Each picture is
-converted to this form first; images/own.png shows the result. `python test.py --image` calls this.
+LeNet-5 was trained on small images of one bright, centered object on black. `python test.py
+--image` first converts each picture to this form; images/own.png shows the result.
 """
 
 import sys
@@ -35,8 +35,8 @@ def classify(args, run, model):
             print(f"Warning: {error}", file=sys.stderr)
             continue
         outputs = utils.predict(model, image[None].to(device), run["mean"], run["std"])
-        probabilities = utils.probabilities(outputs)[0]
-        best = [f"{info.classes[i]} ({p:.1%})" for p, i in zip(*probabilities.topk(3))]
+        top = zip(*utils.probabilities(outputs)[0].topk(3))
+        best = [f"{info.classes[i]} ({p:.1%})" for p, i in top]
         print(f"{file}: {', '.join(best)}")
         name = file.name.encode(errors="replace").decode()  # file names are arbitrary bytes
         images.append(image)
@@ -44,11 +44,10 @@ def classify(args, run, model):
     if images:
         path = args.output_dir / "images" / "own.png"
         title = f"Your pictures as LeNet-5, trained on {run['dataset']}, sees them"
-        plots.draw_grid(torch.stack(images), captions, title, path)
+        plots.draw_grid(torch.stack(images[:64]), captions, title, path)
         print(f"Picture: {utils.shown(path)}")
-    failed = len(files) - len(images)
-    if failed:
-        raise utils.Error(f"{failed} of {len(files)} pictures could not be read")
+    if len(images) < len(files):
+        raise utils.Error(f"{len(files) - len(images)} of {len(files)} pictures could not be read")
 
 
 def find_pictures(path):
@@ -61,10 +60,7 @@ def find_pictures(path):
 
 
 def load_picture(path, info):
-    """Read a picture and make it look like the images of the dataset `info` (utils.DatasetInfo).
-
-    Returns:
-        uint8, 28 x 28, bright on black.
+    """Read a picture and make it look like the images of a dataset: uint8, 28 x 28.
 
     Raises:
         utils.Error: it cannot be read, or there is no object in it.
@@ -82,13 +78,11 @@ def load_picture(path, info):
 
 def read_gray(path):
     """Read a picture as a small grayscale image, upright, with white where it is transparent."""
-    with warnings.catch_warnings():
+    Image.init()
+    formats = [name for name in FORMATS if name in Image.OPEN]
+    with warnings.catch_warnings(), Image.open(path, formats=formats) as file:
         warnings.simplefilter("ignore")  # such as damaged EXIF data
-        warnings.simplefilter("error", Image.DecompressionBombWarning)  # about 90 million pixels
-        Image.init()
-        formats = [name for name in FORMATS if name in Image.OPEN]
-        with Image.open(path, formats=formats) as file:
-            picture = ImageOps.exif_transpose(file).convert("RGBA")
+        picture = ImageOps.exif_transpose(file).convert("RGBA")
     picture.thumbnail((MAX_SIDE, MAX_SIDE))
     white = Image.new("RGBA", picture.size, "white")
     return Image.alpha_composite(white, picture).convert("L")
@@ -130,8 +124,8 @@ def clear_border(image):
 def crop_and_center(image, info):
     """Crop the object, and scale it to 28x28 pixels, as in the dataset.
 
-    In MNIST a digit is 20 pixels long, with its center of mass in the middle of the image (LeCun
-    et al. 1998, section III.A); in FashionMNIST an article fills the image (Xiao et al. 2017).
+    A digit of MNIST is 20 pixels long, with its center of mass in the middle (LeCun et al. 1998,
+    section III.A); an article of FashionMNIST fills the image (Xiao et al. 2017, section 2).
     """
     left, top, right, bottom = image.getbbox()
     side = round(max(right - left, bottom - top) * 28 / info.object_size)

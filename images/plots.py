@@ -36,19 +36,14 @@ def save_figure(figure, path, dpi=100):
 
 @default_style
 def plot_metrics(history, dataset, path):
-    """Plot loss and accuracy over the epochs.
-
-    Args:
-        history: list of dicts with the keys utils.METRICS; without validation for --full.
-        dataset: name for the title.
-    """
+    """Plot loss and accuracy over the epochs. `history` is a list of rows, see utils.METRICS."""
     best = utils.best_row(history)
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     for ax, metric in zip(figure.subplots(1, 2), ("loss", "accuracy")):
         curves = {"train": [row[f"train_{metric}"] for row in history]}
         if "val_loss" in best:
             curves["validation"] = [row[f"val_{metric}"] for row in history]
-        plot_curves(ax, curves, metric, skip=0.15)
+        plot_curves(ax, curves, metric)
         if "val_loss" in best:
             value = best[f"val_{metric}"]
             text = f"{value:.2%}" if metric == "accuracy" else f"{value:.4f}"
@@ -61,18 +56,16 @@ def plot_metrics(history, dataset, path):
     save_figure(figure, path)
 
 
-def plot_curves(ax, curves, metric, skip):
-    """Plot values over the epochs, with a y-axis that fits all but the first ones.
+def plot_curves(ax, curves, metric):
+    """Plot values over the epochs. The y-axis ignores the first fifth, which is far from the rest.
 
     Args:
-        curves: dict from labels to lists of values.
-        metric: "loss" or "accuracy".
-        skip: fraction of each curve that the y-axis ignores, because it is far from the rest.
+        curves: dict from labels to lists of values; metric: "loss" or "accuracy".
     """
     shown = []
     for label, values in curves.items():
         ax.plot(range(1, len(values) + 1), values, ".-", label=label)
-        shown += values[int(skip * len(values)) :]
+        shown += values[len(values) // 5 :]
     margin = 0.06 * (max(shown) - min(shown)) or 0.01
     ax.set(ylim=(min(shown) - margin, max(shown) + margin), xlabel="Epoch")
     ax.set_ylabel("Accuracy" if metric == "accuracy" else "Loss (cross-entropy)")
@@ -117,9 +110,8 @@ def draw_grid(images, captions, title, path, correct=None):
 def draw_predictions(run, images, labels, outputs, sample, directory):
     """Draw predict.png, the images in `sample`, and mistakes.png, the most confident errors.
 
-    Args:
-        images: uint8, N x 28 x 28; labels: int64, N; outputs: of the network, float, N x classes;
-        sample: indices, int64.
+    Args: images (uint8, N x 28 x 28), labels (int64, N), outputs of the network (float, N x
+        classes), and sample (indices, int64).
     """
     classes = utils.DATASETS[run["dataset"]].classes
     confidence, predicted = utils.probabilities(outputs).max(dim=1)
@@ -142,11 +134,7 @@ def draw_predictions(run, images, labels, outputs, sample, directory):
 
 @default_style
 def draw_confusion(run, confusion, path):
-    """Draw a confusion matrix: counts, colored by their fraction of the row.
-
-    Args:
-        confusion: int64, classes x classes; rows are true classes, columns predicted ones.
-    """
+    """Draw a confusion matrix (int64, true classes x predicted classes), colored by row."""
     classes = utils.DATASETS[run["dataset"]].classes
     hits, count = confusion.diagonal().sum().item(), confusion.sum().item()
     fractions = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
@@ -162,6 +150,5 @@ def draw_confusion(run, confusion, path):
     ax.set_yticks(ticks, classes)
     ax.set(xlabel="Predicted class", ylabel="True class")
     figure.colorbar(picture, label="Fraction of the true class", shrink=0.85)
-    accuracy = f"{hits / count:.2%} of {count:,} test images correct"
-    ax.set_title(f"LeNet-5 on {run['dataset']}: {accuracy}")
+    ax.set_title(f"LeNet-5 on {run['dataset']}: {hits / count:.2%} of {count} test images correct")
     save_figure(figure, path)

@@ -28,6 +28,7 @@ ARGUMENTS |= {op: ["other"] for op in ARITHMETIC}
 ARGUMENTS |= {op: [] for op in ("sigmoid", "tanh", "relu", "softmax", "log_softmax", *RESHAPES)}
 DEFAULTS = {"padding": (0, 0), "dilation": (1, 1), "groups": 1}  # the table shows other values
 DEFAULTS |= {"training": False, "momentum": 0.1, "eps": 1e-5}
+RTOL, ATOL = 1e-4, 1e-5  # tolerances for comparing outputs
 
 
 class Unsupported(Error):
@@ -132,12 +133,11 @@ class Recorder(TorchFunctionMode):
             args = [value for value in args if value is not self.last]
             try:
                 operation = make_operation(op, args, kwargs, tuple(output.shape[1:]))
-                complete = close(operation(x), output)
-            except (KeyError, RuntimeError, TypeError):  # arguments are missing or unusual
-                complete = False
-            if not complete:
+                if not torch.allclose(operation(x), output, RTOL, ATOL):
+                    raise ValueError
+            except (KeyError, RuntimeError, TypeError, ValueError) as error:
                 place = f"{op} after {self.layers[-1].name}"
-                raise Unsupported(f"{place} is not supported in this form")
+                raise Unsupported(f"{place} is not supported in this form") from error
             self.record(operation, tuple(x.shape[1:]), output[0].clone())
             self.last = output
         return output
@@ -159,11 +159,7 @@ class Recorder(TorchFunctionMode):
 
 
 def make_operation(op, args, kwargs, output_shape):
-    """Make an `Operation` from the arguments of a call, without its input.
-
-    Raises:
-        KeyError: it is not a supported operation.
-    """
+    """Make an `Operation` from a call without its input; KeyError if it is not supported."""
     names = ARGUMENTS[op]
     attributes, tensors = {}, {}
     for name, value in [*zip(names, args), *kwargs.items()]:
@@ -183,16 +179,9 @@ def make_operation(op, args, kwargs, output_shape):
     return Operation(op, attributes, tensors, output_shape)
 
 
-def close(x, y):
-    return x.shape == y.shape and torch.allclose(x, y, rtol=1e-4, atol=1e-5)
-
-
 @torch.no_grad()
 def trace(model, image=None):
-    """Run `model` on one image and return its layers, the first of which is the input.
-
-    Args:
-        image: float, 1 x 1 x 32 x 32; by default `fixed_image`.
+    """Run `model` on an image (float, 1 x 1 x 32 x 32), and return its layers, the input first.
 
     Raises:
         Unsupported: the network is not a chain of supported operations.
@@ -207,7 +196,7 @@ def trace(model, image=None):
     for layer in layers:
         for operation in layer.operations:
             second = operation(second)
-    if output is not recorder.last or not close(second, expected):
+    if output is not recorder.last or not torch.allclose(second, expected, RTOL, ATOL):
         raise Unsupported("the recorded operations give other logits for another image")
     return layers
 
