@@ -5,8 +5,8 @@ python model.py    print its modules and the number of parameters
 
 from torch import nn
 
-GAINS = {nn.Sigmoid: 4.0, nn.Tanh: 1.0}  # 1 / slope at 0
-RELU_GAIN = 2**0.5  # for ReLU and its relatives; He et al., "Delving deep into rectifiers", 2015
+GAINS = {nn.Sigmoid: 4.0, nn.Tanh: 1.0}  # 1 / slope at 0, so that signals keep their size
+RELU_GAIN = 2**0.5  # for ReLU and its variants; He et al., "Delving deep into rectifiers", 2015
 
 
 class LeNet(nn.Module):
@@ -32,11 +32,11 @@ class LeNet(nn.Module):
     def reset_parameters(self):
         """Draw Xavier-uniform weights, scaled by the gain of the activation; zero the biases.
 
-        With PyTorch's own initialization, a sigmoid network can stay at chance for many epochs.
+        With PyTorch's default, a sigmoid network can stay at chance level for many epochs.
         Source: Glorot and Bengio, "Understanding the difficulty of training deep feedforward
         neural networks", 2010.
         """
-        gain = GAINS.get(type(getattr(self, "sig", None)), RELU_GAIN)
+        gain = GAINS.get(type(getattr(self, "sig", None)), RELU_GAIN)  # without sig: as for ReLU
         layers = [m for m in self.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
         for layer in layers:
             last = layer is layers[-1]  # no activation follows it

@@ -15,7 +15,7 @@ import math
 import sys
 import time
 
-import utils  # before torch, whose environment it sets
+import utils  # must come first: it sets an environment variable for torch
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -32,12 +32,12 @@ RECIPES = {  # sets of defaults
 
 def make_parser():
     parser = utils.Parser("Train LeNet-5 and keep the weights of the best epoch.")
-    add, number = parser.add_argument, utils.number
+    add, number = parser.add_argument, utils.number_type
     text = "auto: FashionMNIST or, if it cannot be downloaded, the built-in Glyphs"
     add("--dataset", choices=("auto", *DATASETS), default="auto", help=text)
     parser.add_shared_options()
     add("--resume", action="store_true", help="continue the newest run, or the one named by --name")
-    text = "a set of defaults; long: 150 epochs, weight decay 0.01, shift 1, label smoothing 0.05"
+    text = "defaults to use; long: 150 epochs, weight decay 0.01, shift 1, label smoothing 0.05"
     add("--recipe", choices=RECIPES, default="default", help=text)
     add("--epochs", type=number(int, 1), default=20, help="passes over the train split")
     add("--batch-size", type=number(int, 1), default=256, help="images per step")
@@ -47,42 +47,39 @@ def make_parser():
     add("--shift", type=number(int, 0, 28), help=text)
     add("--label-smoothing", type=number(float, 0, 1), default=0.0, help="label smoothing factor")
     add("--seed", type=number(int, 0), default=0, help="seed of all random numbers")
-    text = "use only the first LIMIT images of both splits (default: all)"
+    text = "use only the first LIMIT training and LIMIT validation images (default: all)"
     add("--limit", type=number(int, 1), help=text)
-    text = "train on all 60,000 images, validate on none, and keep the last epoch"
+    text = "train on all images, without validation, and keep the last epoch"
     add("--full", action="store_true", help=text)
     return parser
 
 
-OPTIONS = ["recipe", "epochs", "batch_size", "lr", "weight_decay", "shift", "label_smoothing"]
-OPTIONS += ["seed", "limit", "full"]
+OPTIONS = "recipe epochs batch_size lr weight_decay shift label_smoothing seed limit full".split()
 
 
 def parse_args(argv):
     """Parse the command line.
 
     Returns:
-        args (namespace): paths, device and selection of the run.
+        args (namespace): the other options, such as the dataset, the name and the paths.
         options (dict): the OPTIONS, which determine the result and are saved with it.
     """
     parser = make_parser()
-    parser.set_defaults(**RECIPES[parser.parse_args(argv).recipe])
+    parser.set_defaults(**RECIPES[parser.parse_args(argv).recipe])  # other options override it
     args = parser.parse_args(argv)
     options = {name: vars(args).pop(name) for name in OPTIONS}
     return args, options
 
 
 def check_resume_options(argv, run, path):
-    """Raise an `Error` if the command line contradicts the options of the run to be resumed."""
+    """Raise an `Error` if an option on the command line differs from the run to be resumed."""
     parser = make_parser()
     parser.set_defaults(**run["options"])
     args = vars(parser.parse_args(argv))
     for name, value in run["options"].items():
         if args[name] != value:
-            raise Error(
-                f"--{name.replace('_', '-')} contradicts {shown(path)}, where it is {value}: omit "
-                "it, or start a new run without --resume"
-            )
+            flag = f"--{name.replace('_', '-')}"
+            raise Error(f"{flag} differs from {shown(path)}: omit it, or start without --resume")
 
 
 # --- Optimizers -----------------------------------------------------------------------------------
@@ -92,7 +89,7 @@ class Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum, where the update of each weight matrix is orthogonalized.
 
     A raw gradient is dominated by a few directions; orthogonalizing makes the update equally large
-    in all of them. The weight of a convolution counts as a matrix with one row per output map.
+    in all of them. A convolution's weight is treated as a matrix with one row per output channel.
     Weight decay is decoupled, as in AdamW.
 
     Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024,
@@ -116,11 +113,11 @@ class Muon(torch.optim.Optimizer):
                     continue
                 state = self.state[p]
                 if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                average = state["momentum"].lerp_(p.grad, 1 - momentum)
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                average = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
                 update = newton_schulz(p.grad.lerp(average, momentum).flatten(1))
                 rows, columns = update.shape
-                update = update.view(p.shape) * max(1, rows / columns) ** 0.5
+                update = update.view(p.shape) * max(1, rows / columns) ** 0.5  # as its authors do
                 p.mul_(1 - lr * decay).sub_(lr * update)
         return loss
 
@@ -129,14 +126,14 @@ def newton_schulz(matrix, steps=3):
     """Approximate U V^T for a matrix (float, 2-D) with the singular value decomposition U S V^T.
 
     Each step applies a polynomial that raises small singular values quickly and keeps large ones
-    between about 0.7 and 1.2. Its authors use 5 steps; 3 are enough here.
+    between about 0.7 and 1.2. The authors of Muon use 5 steps; 3 are enough here.
     """
     if len(matrix) > matrix.shape[1]:
         return newton_schulz(matrix.t(), steps).t()
     x = matrix / (matrix.norm() + 1e-7)
     for _ in range(steps):
         square = x @ x.t()
-        # x = a x + (b x x^T + c (x x^T)^2) x, with the authors' values of a, b and c
+        # x = a x + (b x x^T + c (x x^T)^2) x, with their a, b and c; addmm is the fastest way
         polynomial = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
         x = torch.addmm(x, polynomial, x, beta=3.4445)
     return x
@@ -146,18 +143,16 @@ def make_optimizers(model, lr, weight_decay):
     """Return Muon for the weights of the hidden layers, and AdamW for all other parameters.
 
     Args:
-        lr, weight_decay: Muon's; AdamW uses half the learning rate and twice the weight decay.
+        lr, weight_decay: values for Muon. AdamW uses half the lr and twice the weight decay.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.ndim > 1]
-    vectors = [p for p in trained if p.ndim <= 1]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if p.ndim > 1]
+    vectors = [p for p in trainable if p.ndim <= 1]
     hidden, output = matrices[:-1], matrices[-1:]
-    muon = Muon([{"params": hidden}], lr, weight_decay=weight_decay)  # the list may be empty
+    muon = Muon([{"params": hidden}], lr, weight_decay=weight_decay)  # hidden may be empty
     adamw = torch.optim.AdamW(
         [{"params": vectors + output}], lr / 2, weight_decay=2 * weight_decay, fused=True
     )
-    for group in muon.param_groups + adamw.param_groups:
-        group["initial_lr"] = group["lr"]  # what the schedule multiplies
     return [muon, adamw]
 
 
@@ -167,7 +162,7 @@ WARMUP = 0.3  # fraction of the run in which the learning rate rises
 def one_cycle(progress):
     """Return the learning rate as a fraction of its peak, at `progress` (0 to 1) through the run.
 
-    Source: Smith and Topin, "Super-convergence", 2017; here with a cosine up and a cosine down.
+    Source: Smith and Topin, "Super-convergence", 2017. It rises and falls along cosines.
     """
     if progress < WARMUP:
         return 0.04 + 0.96 * (1 - math.cos(math.pi * progress / WARMUP)) / 2
@@ -190,11 +185,11 @@ def train(args, run, model, optimizers, train_set, val_set):
     """
     options = run["options"]
     for epoch in range(len(run["history"]) + 1, options["epochs"] + 1):
-        start = time.perf_counter()
+        start_time = time.perf_counter()
         row = {"epoch": epoch} | train_epoch(run, model, optimizers, train_set, epoch)
         if val_set:
             images, labels = val_set
-            logits = utils.predict(model, images, run["mean"], run["std"])
+            logits = utils.predict(model, images, mean=run["mean"], std=run["std"])
             totals = loss_and_correct(logits, labels)
             row["val_loss"], row["val_accuracy"] = (totals / len(labels)).tolist()
         weights_finite = all(p.isfinite().all() for p in model.parameters())
@@ -204,7 +199,7 @@ def train(args, run, model, optimizers, train_set, val_set):
                 f"rate, such as --lr {options['lr'] / 4:g}"
             )
         save_epoch(args, run, model, optimizers, row)
-        print_epoch(run, time.perf_counter() - start)
+        print_epoch(run, time.perf_counter() - start_time)
 
 
 def train_epoch(run, model, optimizers, train_set, epoch):
@@ -214,22 +209,22 @@ def train_epoch(run, model, optimizers, train_set, epoch):
     batches = utils.batches(
         images,
         labels,
-        run["mean"],
-        run["std"],
-        options["batch_size"],
+        mean=run["mean"],
+        std=run["std"],
+        batch_size=options["batch_size"],
         flip=dataset.flip,
         shift=dataset.shift if options["shift"] is None else options["shift"],
         strokes=dataset.strokes,
     )
-    steps = len(utils.batch_slices(len(labels), options["batch_size"]))  # per epoch
+    epoch_steps = len(utils.batch_slices(len(labels), options["batch_size"]))
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     totals = torch.zeros(2, device=labels.device)  # reading it at every step would stall a GPU
-    progress = tqdm(batches, total=steps, file=sys.stdout, disable=None, leave=False)
+    progress = tqdm(batches, total=epoch_steps, file=sys.stdout, disable=None, leave=False)
     model.train()
-    for step, (x, y) in enumerate(progress, start=(epoch - 1) * steps):
-        factor = one_cycle(step / (options["epochs"] * steps))
+    for step, (x, y) in enumerate(progress, start=(epoch - 1) * epoch_steps):
+        factor = one_cycle(step / (options["epochs"] * epoch_steps))
         for group in groups:
-            group["lr"] = factor * group["initial_lr"]
+            group["lr"] = factor * group.setdefault("initial_lr", group["lr"])  # as torch does
         logits = model(x)
         loss = F.cross_entropy(logits, y, label_smoothing=options["label_smoothing"])
         model.zero_grad()
@@ -242,7 +237,7 @@ def train_epoch(run, model, optimizers, train_set, epoch):
 
 
 def loss_and_correct(logits, labels):
-    """Return the summed loss and the number of correct predictions, as one tensor."""
+    """Return the summed loss, without label smoothing, and the number of correct predictions."""
     loss = F.cross_entropy(logits, labels, reduction="sum")
     return torch.stack([loss, (logits.argmax(dim=1) == labels).sum()])
 
@@ -250,23 +245,20 @@ def loss_and_correct(logits, labels):
 def save_epoch(args, run, model, optimizers, row):
     """Append `row` to the history of `run`, and save the run and its metrics.
 
-    Either file is enough to resume, so that a crash between the two loses nothing.
-
-    Raises:
-        Error: a checkpoint cannot be written. The message says which epoch is saved.
+    best.pt is written first and can be resumed, so a crash between the two loses nothing.
     """
-    new = run | {"epoch": row["epoch"], "history": [*run["history"], row]}
-    new["model"] = portable_weights(model)
-    new["logits"] = utils.fixed_image_logits(model)
-    if row["epoch"].bit_count() == 1:  # 1, 2, 4, 8, ...
-        new["snapshots"] = [*run["snapshots"], snapshot(model, row["epoch"])]
-    new["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-    new["random"] = torch.get_rng_state()
-    names = ["best.pt", "last.pt"] if best_row(new["history"]) is row else ["last.pt"]
+    updated = run | {"epoch": row["epoch"], "history": [*run["history"], row]}
+    updated["model"] = portable_weights(model)
+    updated["logits"] = utils.fixed_image_logits(model)
+    if row["epoch"].bit_count() == 1:  # a power of 2: weights change most in early epochs
+        updated["snapshots"] = [*run["snapshots"], snapshot(model, row["epoch"])]
+    updated["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+    updated["rng_state"] = torch.get_rng_state()
+    names = ["best.pt", "last.pt"] if best_row(updated["history"]) is row else ["last.pt"]
     try:
         for name in names:
-            utils.save(new, output_path(args, run, name))
-            run.update(new)
+            utils.save(updated, output_path(args, run, name))
+            run.update(updated)  # after the first file, because it is enough to resume
     except Error as error:
         raise Error(f"{error}. {resume_hint(args, run)}") from error
     write_metrics(args, run)
@@ -278,7 +270,7 @@ def portable_weights(model):
 
 
 def snapshot(model, epoch):
-    """Return a small copy of the weights for the page, in half precision where that is finite."""
+    """Copy the weights for lenet5.html: as float16 where they fit, and without integer buffers."""
     weights = {}
     for name, weight in portable_weights(model).items():
         if weight.is_floating_point():
@@ -288,11 +280,7 @@ def snapshot(model, epoch):
 
 
 def write_metrics(args, run, plot=False):
-    """Write metrics.csv and, with `plot`, metrics.png; on failure, print a warning.
-
-    Returns:
-        whether the files are written.
-    """
+    """Write metrics.csv and, with `plot`, metrics.png; on failure, warn and return False."""
     text = io.StringIO()
     table = csv.DictWriter(text, METRICS, lineterminator="\n")
     table.writeheader()
@@ -310,8 +298,7 @@ def write_metrics(args, run, plot=False):
 # --- Output ---------------------------------------------------------------------------------------
 
 COLUMNS = "{:>9}{:>16}{:>13}{:>11}{:>18}{:>11}{:>10}"
-TITLES = ["epoch", "learning rate", "train loss", "accuracy", "validation loss", "accuracy"]
-TITLES += ["seconds"]
+TITLES = "epoch,learning rate,train loss,accuracy,validation loss,accuracy,seconds".split(",")
 
 
 def print_start(args, run, model):
@@ -323,7 +310,7 @@ def print_start(args, run, model):
     probabilities = utils.probabilities(logits)
     if any(torch.allclose(logits, p, atol=1e-4) for p in (probabilities, probabilities.log())):
         text = "forward in model.py ends in a softmax, which the loss applies again: remove it"
-        print(f"Warning: {text}", file=sys.stderr)
+        print(f"Warning: {text}", file=sys.stderr)  # or in a log_softmax
     best = output_path(args, run, "best.pt")
     epoch, epochs = len(run["history"]), run["options"]["epochs"]
     if epoch == epochs:
@@ -339,23 +326,23 @@ def print_start(args, run, model):
 def print_epoch(run, seconds):
     history, options = run["history"], run["options"]
     row = history[-1]
-    values = [f"{row['train_loss']:.4f}", f"{row['train_accuracy']:.2%}", "-", "-"]
-    if "val_loss" in row:
-        values[2:] = [f"{row['val_loss']:.4f}", f"{row['val_accuracy']:.2%}"]
-    best = "  best so far" if not options["full"] and best_row(history) is row else ""
-    epoch = f"{row['epoch']}/{options['epochs']}"
-    print(COLUMNS.format(epoch, f"{row['lr']:.2e}", *values, f"{seconds:.1f}") + best, flush=True)
+    cells = [f"{row['epoch']}/{options['epochs']}", f"{row['lr']:.2e}"]
+    cells += [f"{row['train_loss']:.4f}", f"{row['train_accuracy']:.2%}"]
+    validated = "val_loss" in row
+    cells += [f"{row['val_loss']:.4f}", f"{row['val_accuracy']:.2%}"] if validated else ["-", "-"]
+    suffix = "  best so far" if not options["full"] and best_row(history) is row else ""
+    print(COLUMNS.format(*cells, f"{seconds:.1f}") + suffix, flush=True)
     at_chance = row["train_accuracy"] < 1.5 / len(DATASETS[run["dataset"]].classes)
-    images_seen = row["epoch"] * run["counts"][0]
-    after_warmup = row["epoch"] == math.ceil(WARMUP * options["epochs"])
-    if at_chance and after_warmup and images_seen >= 200 * options["batch_size"]:
-        text = f"accuracy is still at chance; try a different --lr than {options['lr']}"
+    warmup_ended = row["epoch"] == math.ceil(WARMUP * options["epochs"])
+    steps = row["epoch"] * run["counts"][0] / options["batch_size"]
+    if at_chance and warmup_ended and steps >= 200:  # fewer steps can be too few for any network
+        text = f"accuracy is still at chance level with --lr {options['lr']}; try another value"
         print(f"Warning: {text}", file=sys.stderr)
 
 
 def print_result(args, run, plotted):
     row = best_row(run["history"])
-    result = f"Last epoch: {row['epoch']}, trained on all images"
+    result = f"Last epoch: {row['epoch']}, trained without validation"
     if "val_accuracy" in row:
         count = run["counts"][1]
         result = f"Best epoch: {row['epoch']} of {run['options']['epochs']}, "
@@ -365,46 +352,47 @@ def print_result(args, run, plotted):
     print(f"Weights:    {shown(output_path(args, run, 'best.pt'))}")
     if plotted:
         print(f"Plot:       {shown(output_path(args, run, 'metrics.png'))}, values in metrics.csv")
-    print(f"Next:       {utils.command('test.py', args, run)}")
+    print(f"Next:       {utils.shell_command('test.py', args, run)}")
 
 
 def resume_hint(args, run):
     if not run["history"]:
         return "No epoch has been saved yet."
-    again = utils.command("train.py", args, run, "--resume")
-    return f"Epoch {len(run['history'])} is saved. To continue: {again}"
+    resume_command = utils.shell_command("train.py", args, run, "--resume")
+    return f"Epoch {len(run['history'])} is saved. To continue: {resume_command}"
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args, options = parse_args(argv)
     device = utils.choose_device(args.device)
-    torch.empty(31 * 2**20, dtype=torch.uint8)  # glibc then keeps freed blocks: 25 % faster steps
-    run = {"name": args.name, "dataset": args.dataset, "options": options, "history": []}
-    path = None
+    torch.empty(31 * 2**20, dtype=torch.uint8)  # makes glibc reuse freed memory: steps 25% faster
     if args.resume:
         path, run = utils.newest_checkpoint(args, resume=True)
         check_resume_options(argv, run, path)
+    else:
+        path = None
+        run = {"name": args.name, "dataset": args.dataset, "options": options, "history": []}
     run["dataset"], images, labels = utils.load_training_images(run["dataset"], args.data_dir)
     run["name"] = run["name"] or run["dataset"]
-    with utils.locked(output_path(args, run, "best.pt").parent):
+    with utils.locked(args, run):
         train_set, val_set = choose_images(run, images, labels, device)
-        model, optimizers = make_model(run, path, device)
+        model, optimizers = prepare_model(run, path, device)
         print_start(args, run, model)
         try:
             train(args, run, model, optimizers, train_set, val_set)
         except KeyboardInterrupt:
             if run["history"]:
-                with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C skips the picture
+                with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C skips the plot
                     write_metrics(args, run, plot=True)
             raise KeyboardInterrupt(resume_hint(args, run)) from None
         print_result(args, run, plotted=write_metrics(args, run, plot=True))
 
 
 def choose_images(run, images, labels, device):
-    """Split the images as --full and --limit demand, and move them to `device`.
+    """Split the images according to --full and --limit, and move them to `device`.
 
-    Stores their counts and the mean and standard deviation of the pixels in `run`.
+    Store their counts and the mean and standard deviation of the pixels in `run`.
 
     Returns:
         (images, labels) for training, and (images, labels) for validation or None.
@@ -420,7 +408,7 @@ def choose_images(run, images, labels, device):
     return train_set, val_set
 
 
-def make_model(run, path, device):
+def prepare_model(run, path, device):
     """Make the network and its optimizers, and restore them if `run` was read from `path`.
 
     Raises:
@@ -428,14 +416,14 @@ def make_model(run, path, device):
     """
     options = run["options"]
     num_classes = len(DATASETS[run["dataset"]].classes)
-    twin = utils.to_device(LeNet(num_classes), num_classes, torch.device("cpu"))
+    reloaded = utils.to_device(LeNet(num_classes), num_classes, torch.device("cpu"))  # any seed
     torch.manual_seed(options["seed"])
     model = utils.to_device(LeNet(num_classes), num_classes, device)
-    twin.load_state_dict(model.state_dict())
-    if not utils.same_logits(utils.fixed_image_logits(twin), utils.fixed_image_logits(model)):
+    reloaded.load_state_dict(model.state_dict())
+    if not utils.same_logits(utils.fixed_image_logits(reloaded), utils.fixed_image_logits(model)):
         raise Error(
-            "the weights do not determine the logits, so no checkpoint could restore them: in "
-            "model.py, call F.dropout with training=self.training, and use register_buffer"
+            "model.py returns different logits for equal weights (or NaN), so a checkpoint cannot "
+            "restore it: pass training=self.training to F.dropout, and use register_buffer"
         )
     optimizers = make_optimizers(model, options["lr"], options["weight_decay"])
     if path:
@@ -443,24 +431,22 @@ def make_model(run, path, device):
     else:
         run["version"] = utils.CHECKPOINT_VERSION
         run["snapshots"] = [snapshot(model, epoch=0)]
-    run["code"] = utils.source_code(model)  # as it is now, even if the file is edited later
+    run["code"] = utils.source_code(model)  # now, because the file may be edited during the run
     return model, optimizers
 
 
 def restore(path, run, model, optimizers):
-    """Restore weights, optimizers and random numbers from `run`, which was read from `path`.
-
-    Raises:
-        Error: `run` trained a different network, or its parameters in a different order.
-    """
+    """Restore weights, optimizers and random numbers from `run`, which was read from `path`."""
     utils.load_weights(path, run, model)
-    message = f"{shown(path)} cannot be resumed: model.py has other parameters, or another order"
-    with utils.errors_as(message, KeyError, RuntimeError, ValueError):
-        if list(run["model"]) != list(model.state_dict()):  # optimizers know only positions
-            raise ValueError
+    if "optimizers" not in run:
+        raise Error(f"{shown(path)} contains only weights and cannot be resumed")
+    message = f"{shown(path)} cannot be resumed: the parameters in model.py or their order changed"
+    if list(run["model"]) != list(model.state_dict()):  # optimizers know only positions
+        raise Error(message)
+    with utils.errors_as(message, RuntimeError, ValueError):
         for optimizer, state in zip(optimizers, run["optimizers"]):
             optimizer.load_state_dict(state)
-        torch.set_rng_state(run["random"])
+    torch.set_rng_state(run["rng_state"])
     if path.name == "best.pt":  # the run was killed before it wrote last.pt
         utils.save(run, path.with_name("last.pt"))
 

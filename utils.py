@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
-# OpenMP threads spin while they wait for work. On busy cores this makes a step ten times slower,
-# so let them sleep sooner. torch reads the variable when it is imported.
+# Waiting OpenMP threads spin. On busy cores this makes a step ten times slower, so let them sleep
+# sooner. The variable is read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import torch
@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 class Error(Exception):
-    """Bad input or a bad environment. The message is one line that says what to do."""
+    """Bad input or a broken environment. The message is one line, if possible with advice."""
 
 
 class Unavailable(Error):
@@ -52,12 +52,10 @@ def errors_as(message, *kinds):
     """Turn exceptions of these kinds, raised in a with block, into an `Error`.
 
     Args:
-        message: message of the `Error`; REASON in it is replaced by the exception's own message.
+        message: of the `Error`; REASON in it stands for the message of the exception.
     """
     try:
         yield
-    except Error:
-        raise
     except kinds as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise Error(message.replace("REASON", reason)) from error
@@ -77,7 +75,7 @@ class Parser(argparse.ArgumentParser):
     def add_shared_options(self):
         """Add the options that train.py and test.py have in common."""
         add = self.add_argument
-        add("--name", type=run_name, help="name of the run (default: the name of the dataset)")
+        add("--name", type=run_name, help="name of a new run (default: its dataset) or a saved one")
         add("--data-dir", type=expand_path, default=ROOT / "data", help="directory of the datasets")
         text = "directory for the results, which go to checkpoints/NAME and images/NAME in it"
         add("--output-dir", type=expand_path, default=ROOT, help=text)
@@ -91,14 +89,14 @@ class Parser(argparse.ArgumentParser):
 LARGEST = 2**63 - 1  # torch has no larger integers
 
 
-def number(kind, low, high=LARGEST):
+def number_type(kind, low, high=LARGEST):
     """Return an argparse type: an int or float (`kind`) between `low` and `high`."""
 
     def parse(text):
         value = kind(text)
         if not low <= value <= high:  # NaN is not between them either
-            limits = f"at least {low}" if high == LARGEST else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"must be finite and {limits}, not {text}")
+            limits = f"of at least {low}" if high == LARGEST else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"must be a finite number {limits}, not {text}")
         return value
 
     parse.__name__ = kind.__name__  # appears in argparse's message for text that is not a number
@@ -123,7 +121,7 @@ def run_name(text):
 
 
 def run_script(main):
-    """Run `main` and exit with 0, 2 (`Error`), 130 (Ctrl-C or SIGTERM) or 141 (broken pipe)."""
+    """Run `main`. Exit status: 0, 2 (`Error`), 130 (Ctrl-C or SIGTERM) or 141 (broken pipe)."""
     if sys.stdout is None:  # standard output is closed
         sys.stdout = Path(os.devnull).open("w")
     if hasattr(sys.stdout, "reconfigure"):  # not in notebooks
@@ -132,7 +130,6 @@ def run_script(main):
         previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     except ValueError:  # not in the main thread
         previous = None
-    status = 128 + 13  # what a shell reports for a broken pipe
     try:
         try:
             main()
@@ -143,14 +140,15 @@ def run_script(main):
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         except KeyboardInterrupt as stop:
             status = 130
-            print(f"\nStopped. {stop}", file=sys.stderr)
+            print(f"\nStopped. {stop}".rstrip(), file=sys.stderr)
     except BrokenPipeError:  # the reader has exited, as head does
+        status = 128 + 13  # what a shell reports
         for stream in (sys.stdout, sys.stderr):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     finally:
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
-        if hasattr(builtins, "get_ipython"):  # the next %run imports edited files again
+        if hasattr(builtins, "get_ipython"):  # in IPython: let the next %run import edited files
             for name in list(sys.modules):
                 if name in ("model", "train", "test", "utils") or name.split(".")[0] == "images":
                     del sys.modules[name]
@@ -164,12 +162,12 @@ def shown(path):
 
 
 def output_path(args, run, name):
-    """Return the path of an output file of `run`: checkpoints are kept apart from pictures."""
+    """Return the path of a file of `run`: in checkpoints/NAME (.pt) or in images/NAME (others)."""
     directory = "checkpoints" if name.endswith(".pt") else "images"
     return args.output_dir / directory / run["name"] / name
 
 
-def command(script, args, run, *options):
+def shell_command(script, args, run, *options):
     """Return a shell command for `run` that works in the current directory."""
     python = "python" if shutil.which("python") == sys.executable else sys.executable
     words = [python, shown(ROOT / script), *options, "--name", run["name"]]
@@ -184,20 +182,21 @@ def command(script, args, run, *options):
 
 
 @contextlib.contextmanager
-def locked(directory):
-    """Create `directory`, and keep other runs out of it for the duration of a with block.
+def locked(args, run):
+    """Create the checkpoint directory of `run`, and keep others out of it during a with block.
 
     Raises:
         Error: another run is using it, or it is not writable.
     """
+    directory, pictures = [output_path(args, run, name).parent for name in ("last.pt", "a.png")]
     message = f"cannot write to {shown(directory)}: REASON; choose another --output-dir"
     with errors_as(message, OSError):
         directory.mkdir(parents=True, exist_ok=True)
         try:
             lock = file_lock(directory, timeout=0)
         except Timeout:
-            raise Error(f"another run is using {shown(directory)}: choose a --name") from None
-        for leftover in directory.glob("*.tmp"):  # of a run that was killed while writing
+            raise Error(f"another run is using {shown(directory)}: choose another --name") from None
+        for leftover in [*directory.glob("*.tmp"), *pictures.glob("*.tmp")]:  # of a killed run
             leftover.unlink(missing_ok=True)
     with lock:
         yield
@@ -206,7 +205,7 @@ def locked(directory):
 def file_lock(directory, timeout=-1):
     """Lock `directory`, or print a warning if its file system does not support locks.
 
-    Waits for `timeout` seconds (-1: forever). The lock is released at the end of a with block, or
+    Wait up to `timeout` seconds (-1: forever). The lock is released at the end of a with block, or
     by the operating system when the process ends.
 
     Raises:
@@ -237,18 +236,19 @@ class DatasetInfo:
     flip: bool = False  # augmentation: flip half of the images horizontally
     shift: int = 1  # augmentation: largest shift, in pixels
     strokes: bool = True  # augmentation: vary the width of pen strokes
-    object_size: int = 20  # longer side of an object, of 28 pixels
+    object_size: int = 20  # pixels along the longer side of an object, in a 28x28 image
     centered_by_mass: bool = False  # otherwise by bounding box
     mirrors: tuple = ()  # download addresses in addition to those of torchvision
 
 
-DATASETS = {  # one line adds another dataset that torchvision has in MNIST's format, such as KMNIST
+DATASETS = {  # to add a torchvision dataset in MNIST format, such as KMNIST, add a line
     "FashionMNIST": DatasetInfo(
         CLOTHES, flip=True, shift=0, strokes=False, object_size=28, mirrors=(FASHION_MIRROR,)
     ),
     "MNIST": DatasetInfo(DIGITS, centered_by_mass=True),
     "Glyphs": DatasetInfo(DIGITS),
 }
+TIMEOUT = 8  # seconds to wait for a mirror; torchvision would wait forever
 CACHE_VERSION = 2  # increase it when the images change, so that old caches are not used
 
 
@@ -283,16 +283,12 @@ def load_images(dataset, data_dir, split):
     try:
         save({"images": images, "labels": labels}, cache)
     except Error as error:
-        print(f"Warning: {error}; the next start will be as slow", file=sys.stderr)
+        print(f"Warning: {error}; the next start will be slow, too", file=sys.stderr)
     return images, labels
 
 
 def load_training_images(dataset, data_dir):
-    """Load the train split. "auto" means FashionMNIST or, if unavailable, Glyphs.
-
-    Returns:
-        the name of the dataset, images (uint8, N x 28 x 28) and labels (int64, N).
-    """
+    """Return the dataset's name and its train split; "auto" means FashionMNIST or else Glyphs."""
     if dataset != "auto":
         return dataset, *load_images(dataset, data_dir, "train")
     try:
@@ -300,8 +296,8 @@ def load_training_images(dataset, data_dir):
     except Unavailable as error:
         print(
             f"{'!' * 100}\n{error}.\n\n"
-            "TRAINING ON GLYPHS INSTEAD: digits rendered from the fonts that matplotlib ships.\n"
-            "Its accuracy says nothing about FashionMNIST.\n"
+            "TRAINING ON GLYPHS INSTEAD: digits drawn with the fonts included in matplotlib.\n"
+            "The accuracy will say nothing about FashionMNIST.\n"
             f"{'!' * 100}",
             file=sys.stderr,
         )
@@ -318,42 +314,48 @@ def read_with_torchvision(dataset, data_dir, train):
             "versions with pip install --upgrade --force-reinstall torch torchvision"
         ) from error
     dataset_class = getattr(datasets, dataset)
-    directory = data_dir / dataset
-    with errors_as(f"cannot read {shown(directory)}: REASON", OSError):
+    with errors_as(f"cannot read {shown(data_dir / dataset)}: REASON", OSError):
         try:
             return read_split(dataset_class, data_dir, train)
         except RuntimeError:  # unpacked files are missing or too short
-            present = set(directory.glob("raw/*-ubyte*"))
-    timeout, mirrors = socket.getdefaulttimeout(), dataset_class.mirrors
-    socket.setdefaulttimeout(8)  # seconds; torchvision would wait forever
+            pass
+    return download_split(dataset_class, data_dir, train)
+
+
+def download_split(dataset_class, data_dir, train):
+    """Unpack archives, or download them from the first mirror that works, and read one split."""
+    name, mirrors = dataset_class.__name__, dataset_class.mirrors
+    raw = data_dir / name / "raw"
+    old_files = set(raw.glob("*-ubyte*"))
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with file_lock(directory):  # the first of several runs downloads for all
-            for mirror in [*mirrors, *DATASETS[dataset].mirrors]:
+        raw.mkdir(parents=True, exist_ok=True)
+        with file_lock(raw.parent):  # the first of several runs downloads for all
+            for mirror in [*mirrors, *DATASETS[name].mirrors]:
                 dataset_class.mirrors = [mirror]
                 try:
                     return read_split(dataset_class, data_dir, train, download=True)
                 except (OSError, RuntimeError, HTTPException) as error:
                     reason = " ".join(str(error).split())
-            for partial in set(directory.glob("raw/*-ubyte*")) - present:
-                partial.unlink()
+            for partial_file in set(raw.glob("*-ubyte*")) - old_files:
+                partial_file.unlink()
     except OSError as error:  # the directory is not writable
         reason = str(error)
     finally:
         socket.setdefaulttimeout(timeout)
         dataset_class.mirrors = mirrors
-    problem = "incomplete or damaged" if present else "missing"
-    raise (Error if present else Unavailable)(
-        f"{dataset} in {shown(directory)} is {problem} and cannot be downloaded ({reason}): put "
-        f"its four .gz files into {shown(directory / 'raw')}, and nothing else"
-    )
+    text = f"and cannot be downloaded ({reason}): put its four .gz files into {shown(raw)}"
+    if old_files:
+        raise Error(f"{name} is incomplete or damaged {text}, and nothing else")
+    raise Unavailable(f"{name} is missing {text}")
 
 
 def read_split(dataset_class, data_dir, train, download=False):
     """Return images (uint8, N x 28 x 28) and labels (int64, N) of a torchvision dataset."""
     name = dataset_class.__name__
     directory = shown(data_dir / name)
-    message = f"the files in {directory} are damaged: delete it"
+    message = f"the files in {directory} are damaged: delete this directory"
     with errors_as(message, AssertionError, KeyError, ValueError):
         data = dataset_class(data_dir, train=train, download=download)
     count, num_classes = len(data.targets), len(DATASETS[name].classes)
@@ -366,7 +368,7 @@ def read_split(dataset_class, data_dir, train, download=False):
 
 
 def split_train_validation(images, labels, per_class=500):
-    """Split off a balanced validation set: every k-th image of each class, for every seed.
+    """Split off a validation set: evenly spaced images of each class, the same for every seed.
 
     Returns:
         (images, labels) of the train split and (images, labels) of the validation split.
@@ -383,7 +385,7 @@ def split_train_validation(images, labels, per_class=500):
 
 
 def mean_and_std(images):
-    """Return mean and standard deviation of all pixels (uint8), scaled to 0..1."""
+    """Return the mean and standard deviation of all pixels (uint8), scaled to 0..1."""
     fractions = images.flatten().bincount(minlength=256).double() / images.numel()
     levels = torch.arange(256).double() / 255
     mean = fractions @ levels
@@ -398,7 +400,7 @@ def normalize(images, mean, std):
 def batch_slices(count, batch_size):
     """Divide the indices 0 to `count` - 1 into slices of `batch_size`; the last may be smaller.
 
-    A last batch of one image joins the one before, because batch norm cannot train on one image.
+    A last batch of one image joins the one before: batch norm may need at least two.
     """
     starts = list(range(0, count, batch_size))
     if count % batch_size == 1 and len(starts) > 1:
@@ -455,11 +457,11 @@ def predict(model, images, mean, std, batch_size=1000):
     """Return the logits (float, N x classes) of `model` for images (uint8, N x 28 x 28).
 
     Raises:
-        ValueError: the images have another type or shape.
+        ValueError: the images have the wrong dtype or shape.
     """
     if images.dtype != torch.uint8 or images.shape[1:] != (28, 28):
         kind = f"{type(images).__name__} of {images.dtype}, {tuple(images.shape)}"
-        raise ValueError(f"images must be a tensor of torch.uint8, N x 28 x 28, not a {kind}")
+        raise ValueError(f"images must be a uint8 tensor, N x 28 x 28, not a {kind}")
     model.eval()
     padded = (F.pad(x, [2] * 4) for x in images.split(batch_size))
     return torch.cat([model(normalize(x, mean, std)) for x in padded])
@@ -480,24 +482,24 @@ def choose_device(name):
     """Return the torch.device named auto, cpu, cuda or mps.
 
     Raises:
-        Error: the device does not work here.
+        Error: the device is missing or not supported.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.ones(1, device=name).add(1).item()  # a GPU may be present but unsupported
     except (AssertionError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = textwrap.shorten(str(error), 100)
         raise Error(f"device {name} does not work ({reason}): use --device cpu") from error
     return torch.device(name)
 
 
 @torch.no_grad()
 def to_device(model, num_classes, device):
-    """Move `model` to `device`, in the memory format channels_last if its forward supports it.
+    """Move `model` to `device`, and to channels_last, which is faster, if forward supports it.
 
     Raises:
-        Error: it does not return logits, N x num_classes.
+        Error: forward does not return logits, N x num_classes.
     """
     images = torch.zeros(2, 1, 32, 32, device=device)
     logits = model.to(device).eval()(images)
@@ -537,7 +539,7 @@ def write_file(path, data):
 
 
 def save(obj, path):
-    """Write tensors and plain values, nested in dicts and lists, atomically."""
+    """Write tensors and plain values, nested in dicts and lists, to `path` atomically."""
     buffer = io.BytesIO()
     torch.save(obj, buffer)
     write_file(path, buffer.getbuffer())
@@ -547,7 +549,7 @@ def load(path):
     """Read a file written by `save` onto the CPU. Code in the file is never executed.
 
     Raises:
-        Error: the file is missing, damaged, or contains more than tensors and plain values.
+        Error: the file is missing, damaged, or contains other objects.
     """
     with errors_as(f"cannot read {shown(path)}: REASON", OSError):
         data = io.BytesIO(Path(path).read_bytes())
@@ -562,10 +564,10 @@ def load(path):
 def load_checkpoint(path):
     """Read a checkpoint: a dict, called a run, with these keys.
 
-    version, name, dataset (a key of DATASETS), options (those of train.py), counts (of images: to
-    train on, for validation), mean and std (of the pixels), history (a row of METRICS per epoch),
-    epoch (of the weights), model (the state dict), logits (for a fixed image), code (of the class),
-    snapshots (of the weights in earlier epochs), optimizers and random (their states, to resume).
+    version, name, dataset: a key of DATASETS; options: those of train.py; counts: of training and
+    validation images; mean, std: of the pixels; history: one row of METRICS per epoch; epoch: of
+    these weights; model: their state dict; logits: for a fixed image; code: source of the class;
+    snapshots: earlier weights; optimizers, rng_state: states to resume.
 
     Raises:
         Error: as `load`; also if the file is not a checkpoint of this version.
@@ -584,14 +586,14 @@ def load_checkpoint(path):
 
 
 def newest_checkpoint(args, resume=False):
-    """Return path and contents of best.pt of the newest run that `args` select.
+    """Return the path and contents of best.pt of the newest run that `args` select.
 
-    With `resume`, return last.pt instead if it continues best.pt. It does not if the run was
-    killed between writing the two: then it is missing, one epoch behind, or part of an older run.
+    With `resume`, return last.pt instead, unless the run was killed after it wrote best.pt: then
+    last.pt is missing, one epoch behind, or part of an older run.
 
     Raises:
-        Unavailable: there is none.
-        Error: the run named by --name cannot be read.
+        Unavailable: no run matches.
+        Error: the run cannot be read, and either it was named or it is to be resumed.
     """
 
     def modified(best):
@@ -608,7 +610,7 @@ def newest_checkpoint(args, resume=False):
                 if last_run["history"][: run["epoch"]] == run["history"]:
                     path, run = last, last_run
         except Error as error:
-            if args.name:
+            if args.name or resume:
                 raise
             print(f"Warning: {error}; skipping it", file=sys.stderr)
             continue
@@ -627,7 +629,7 @@ def best_row(history):
 
 
 def fixed_image():
-    """Return a wave pattern (float, 1 x 1 x 32 x 32) that excites all parts of a network."""
+    """Return a test image with varied contents, a wave pattern (float, 1 x 1 x 32 x 32)."""
     return torch.linspace(0, 30, 1024).sin().view(1, 1, 32, 32)
 
 
@@ -635,17 +637,17 @@ def fixed_image():
 def fixed_image_logits(model):
     """Compute the logits of `model` for a fixed image, to detect a changed network."""
     device = next(model.parameters()).device
-    model.eval()(fixed_image().to(device))  # tensors that forward stores now have no graph
-    return copy.deepcopy(model).cpu()(fixed_image())  # other devices round differently
+    model.eval()(fixed_image().to(device))  # deepcopy rejects stored tensors with a graph
+    return copy.deepcopy(model).cpu()(fixed_image())  # as devices round differently
 
 
 def same_logits(logits, expected):
-    """Compare logits with a tolerance for rounding. NaN and infinity are never the same."""
-    return bool((logits - expected).abs().max() <= 1e-3 * expected.abs().max())
+    """Compare logits with a tolerance for rounding. NaN and infinity never match."""
+    return bool((logits - expected).abs().max() <= 1e-3 * expected.abs().max() < float("inf"))
 
 
 def source_code(model):
-    """Return the source code of the class of `model`, or "" if it was typed into a shell."""
+    """Return the source code of the class of `model`, or "" if it is not available."""
     try:
         return inspect.getsource(type(model))
     except (OSError, SyntaxError, TypeError):
@@ -653,15 +655,20 @@ def source_code(model):
 
 
 def statements(code):
-    """Return the lines of source code without indentation, comments and blank lines."""
-    return [line.strip() for line in ast.unparse(ast.parse(code)).splitlines() if line.strip()]
+    """Return the lines of a class without indentation, docstrings, comments and blank lines."""
+    tree = ast.parse(textwrap.dedent(code))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):  # a docstring
+            node.value.value = None
+    lines = [line.strip() for line in ast.unparse(tree).splitlines()]
+    return [line for line in lines if line not in ("", "None")]
 
 
 def first_change(old, new):
     """Describe the first place where two versions of a class differ, or return ""."""
     old, new = statements(old), statements(new)
-    for kind, i, j, k, m in difflib.SequenceMatcher(None, old, new, False).get_opcodes():
-        if kind != "equal":
+    for tag, i, j, k, m in difflib.SequenceMatcher(None, old, new, False).get_opcodes():
+        if tag != "equal":
             texts = [textwrap.shorten(" ".join(lines), 100) for lines in (old[i:j], new[k:m])]
             removed, added = [f"`{text}`" if text else "nothing" for text in texts]
             return f"its class has {removed} where model.py has {added}"
@@ -676,10 +683,11 @@ def load_weights(path, run, model):
     """
     try:
         model.load_state_dict(run["model"])
+    except RuntimeError as error:  # names or shapes differ
+        reason = str(error).splitlines()[1].strip()
+    else:
         if same_logits(fixed_image_logits(model), run["logits"]):
             return
         reason = "its logits for a fixed image differ"
-    except RuntimeError as error:  # other names or shapes
-        reason = str(error).splitlines()[1].strip()
     reason = first_change(run["code"], source_code(model)) or reason
     raise Error(f"{shown(path)} was trained with a different network: {reason}")

@@ -38,18 +38,18 @@ def write(networks, path):
     utils.write_file(path, f"{head}{data}{tail}".encode())
 
 
-def describe_network(run, model, images, labels, outputs):
+def describe_network(run, model, images, labels, logits):
     """Return what the page needs to know about a network, as plain values.
 
     Args:
         model: on the CPU, with the weights of `run`.
         images: the test split, uint8, N x 28 x 28; labels: int64, N.
-        outputs: of the network for `images`, float, N x classes.
+        logits: of the network for `images`, float, N x classes.
     """
     dataset = utils.DATASETS[run["dataset"]]
     layers = trace(model)
     samples = torch.cat([(labels == label).nonzero()[:10, 0] for label in labels.unique()])
-    hits = (outputs.argmax(dim=1) == labels).sum()
+    hits = (logits.argmax(dim=1) == labels).sum()
     about = f"Run {run['name']}, epoch {run['epoch']}: "
     return {
         "classes": dataset.classes,
@@ -63,7 +63,7 @@ def describe_network(run, model, images, labels, outputs):
         "history": describe_history(run, model),
         "samples": base64([images[samples]]),
         "labels": labels[samples].tolist(),
-        "logits": base64([outputs[samples]]),
+        "logits": base64([logits[samples]]),
     }
 
 
@@ -121,8 +121,8 @@ def main(argv=None):
         model = LeNet(len(utils.DATASETS[dataset].classes))
         utils.load_weights(path, run, model)
         images, labels = utils.load_images(dataset, utils.ROOT / "data", "test")
-        outputs = utils.predict(model, images, run["mean"], run["std"])
-        networks[dataset] = describe_network(run, model, images, labels, outputs)
+        logits = utils.predict(model, images, run["mean"], run["std"])
+        networks[dataset] = describe_network(run, model, images, labels, logits)
     write(networks, PAGE)
     print(f"Page: {utils.shown(PAGE)}")
 

@@ -107,14 +107,14 @@ def draw_grid(images, captions, title, path, correct=None):
     save_figure(figure, path)
 
 
-def draw_predictions(run, images, labels, outputs, sample, directory):
+def draw_predictions(run, images, labels, logits, sample, directory):
     """Draw predict.png, the images in `sample`, and mistakes.png, the most confident errors.
 
-    Args: images (uint8, N x 28 x 28), labels (int64, N), outputs of the network (float, N x
+    Args: images (uint8, N x 28 x 28), labels (int64, N), logits of the network (float, N x
         classes), and sample (indices, int64).
     """
     classes = utils.DATASETS[run["dataset"]].classes
-    confidence, predicted = utils.probabilities(outputs).max(dim=1)
+    confidence, predicted = utils.probabilities(logits).max(dim=1)
     correct = predicted == labels
     captions = []
     for guess, p, label in zip(predicted.tolist(), confidence.tolist(), labels.tolist()):

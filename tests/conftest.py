@@ -1,297 +1,230 @@
-"""What the tests share: where a run has its files, small runs on Glyphs, scripts in a process."""
+"""What the tests share: a small dataset, small runs, and two ways to run the scripts.
 
-import functools
+`run_script` runs a script's `main` in this process, which takes milliseconds. `start_process` runs
+it in a process of its own, forked from a server that has already imported torch: for tests that
+kill it, send signals or close its output.
+"""
+
 import importlib
+import multiprocessing
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import threading
 from pathlib import Path
 
-import numpy as np
+os.environ["OMP_NUM_THREADS"] = "1"  # the runs are too small for more; torch reads it on import
+
 import pytest
 import torch
 
 import train
 import utils
-from model import LeNet
+from images.glyphs import draw_glyphs
 
-judge = importlib.import_module("test")  # a plain import is sorted among the standard library
+evaluate = importlib.import_module("test")  # test.py; the standard library has a package test
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("model.py", "train.py", "test.py", "utils.py", "images/lenet5.html")
-ARCHIVES = [
-    f"{split}-{kind}-ubyte.gz"
-    for split in ("train", "t10k")
-    for kind in ("images-idx3", "labels-idx1")
-]
-TINY = ["--dataset=Glyphs", "--limit=300", "--epochs=3"]
-SMALL = [*TINY, "--limit=1500", "--epochs=4", "--batch-size=100", "--seed=0"]  # 15 steps an epoch
-# A proxy that refuses connections cuts the scripts off on every machine.
-OFFLINE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9") | {"no_proxy": ""}
-OFFLINE |= {"PYTHONUNBUFFERED": "", "PYTHONDONTWRITEBYTECODE": "1"}
+OFFLINE = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
+# A run of 4 epochs with 15 steps each.
+SMALL_RUN = ["--dataset=Glyphs", "--limit=1500", "--epochs=4", "--batch-size=100"]
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
 
 
-def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=12, help="how often test_crash.py kills its run")
+# --- Data -----------------------------------------------------------------------------------------
 
 
-# --- Where a run has its files, and what is in them -----------------------------------------------
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """A data directory with 2,000 training and 400 test images of Glyphs, and nothing else."""
+    directory = tmp_path_factory.mktemp("data")
+    images, labels = draw_glyphs("test")  # drawn faster than the train split
+    for split, part in (("train", slice(2000)), ("test", slice(2000, 2400))):
+        cache = directory / "Glyphs" / f"{split}-v{utils.CACHE_VERSION}.pt"
+        utils.save({"images": images[part].clone(), "labels": labels[part].clone()}, cache)
+    return directory
 
 
-def options(folder, data_dir):
-    return [f"--data-dir={data_dir}", f"--output-dir={folder}", "--device=cpu"]
+@pytest.fixture(scope="session")
+def real_data():
+    """The directory of the real FashionMNIST and MNIST: LENET_DATA, or data/ in the checkout."""
+    for directory in (os.environ.get("LENET_DATA"), ROOT / "data"):
+        names = ("FashionMNIST", "MNIST")
+        if directory and all(list(Path(directory, name, "raw").glob("*.gz")) for name in names):
+            return Path(directory)
+    pytest.skip("needs the archives of FashionMNIST and MNIST in data/ or in LENET_DATA")
 
 
-def run_dir(folder, dataset="Glyphs"):
-    return folder / "checkpoints" / dataset
-
-
-def picture_dir(folder, dataset="Glyphs"):
-    return folder / "images" / dataset
-
-
-def load(folder, name):
-    return utils.load_checkpoint(run_dir(folder) / name)
-
-
-def network(checkpoint, path=None):
-    """LeNet with the weights of `checkpoint`, checked as the scripts do if it came from `path`."""
-    model = LeNet(num_classes=len(checkpoint["classes"]))
-    if path:
-        utils.restore(path, checkpoint, model)
-    else:
-        model.load_state_dict(checkpoint["model"])
-    return model
-
-
-def files(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def expect_same_run(one, other):
-    """All that a run leaves behind, bit for bit."""
-    for name in ("best.pt", "last.pt"):
-        assert flatten(load(one, name)) == flatten(load(other, name))
-    csvs = [(picture_dir(folder) / "metrics.csv").read_bytes() for folder in (one, other)]
-    assert csvs[0] == csvs[1]
-
-
-def flatten(value):
-    """Turn nested dicts, lists and tensors into something that == compares bit for bit."""
-    if isinstance(value, dict):
-        return {key: flatten(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [flatten(item) for item in value]
-    if isinstance(value, torch.Tensor):
-        return str(value.dtype), list(value.shape), value.numpy().tobytes()
-    return value
-
-
-def printed_rows(out):
-    """The table of the epochs as lists of words, such as ["2/20", "1.39e-02", ..., "77.18%"]."""
-    return [line.split() for line in out.splitlines() if re.match(r" *\d+/\d+ ", line)]
-
-
-def damage(content, how, place=None):
-    """Return `content` (bytes) damaged in one of the ways DAMAGE, in the middle or at `place`."""
-    flipped = bytearray(content)
-    flipped[len(content) // 2 if place is None else place // 8] ^= 1 << (place or 0) % 8
-    ways = {"truncated": content[:-1], "flipped bit": bytes(flipped), "empty": b"", "text": b"<p>"}
-    return ways[how]
-
-
-DAMAGE = ["truncated", "flipped bit", "empty", "text"]
-
-
-def random_images(count):
-    generator = torch.Generator().manual_seed(count)
+def random_images(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
     return torch.randint(256, (count, 28, 28), dtype=torch.uint8, generator=generator)
 
 
-def look_up(tiles, tile):
-    """Tell whether `tile` (H x W) is to be seen somewhere in the array `tiles`."""
-    windows = np.lib.stride_tricks.sliding_window_view(tiles, tile.shape)
-    return bool((np.abs(windows - tile).max(axis=(2, 3)) < 1e-5).any())
-
-
-# --- Data and runs --------------------------------------------------------------------------------
+# --- Runs -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
-def glyphs_dir(tmp_path_factory):
-    """A data folder that Glyphs is drawn into once, and that has nothing else."""
-    return tmp_path_factory.mktemp("data")
+def options(data_dir):
+    """The options that put the results of a script into a directory: options(output_dir)."""
+    return lambda output_dir: [
+        f"--data-dir={data_dir}",
+        f"--output-dir={output_dir}",
+        "--device=cpu",
+    ]
 
 
-@pytest.fixture(scope="session")
-def few_glyphs(tmp_path_factory, glyphs_dir):
-    """A data folder with 600 training and 200 test images of Glyphs."""
-    folder = tmp_path_factory.mktemp("few")
-    for split, count in (("train", 600), ("test", 200)):
-        images, labels = utils.load_images("Glyphs", glyphs_dir, split)
-        few = {"images": images[:count], "labels": labels[:count]}
-        utils.save(few, folder / "Glyphs" / f"{split}-v{utils.CACHE_VERSION}.pt")
-    return folder
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Let Ctrl-C interrupt the training: stop_at(n) raises KeyboardInterrupt in its step n."""
 
-
-@pytest.fixture(scope="session")
-def start(glyphs_dir):
-    """Run train.py here, with its files in a folder and maybe Ctrl-C in training step `stop_at`."""
-
-    def start(folder, *line, stop_at=None):
+    def stop_at(step):
         batches, steps = utils.batches, []
 
-        def interrupted(*args, **how):
-            for batch in batches(*args, **how):
+        def interrupted(*args, **kwargs):
+            for batch in batches(*args, **kwargs):
                 steps.append(batch)
-                if len(steps) == stop_at:
+                if len(steps) == step:
                     raise KeyboardInterrupt
                 yield batch
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(utils, "batches", interrupted)
-            try:
-                return train.main([*options(folder, glyphs_dir), *line])
-            except KeyboardInterrupt as stop:  # as utils.run_script does
-                print(f"Stopped: {stop}", file=sys.stderr)
-                return 130
+        monkeypatch.setattr(utils, "batches", interrupted)
 
-    return start
-
-
-@pytest.fixture(scope="session")
-def glyphs_run(tmp_path_factory, start):
-    """The folder of a run of 3 epochs on 8,000 digits, with its checkpoints and images."""
-    folder = tmp_path_factory.mktemp("run")
-    line = ["--limit=8000", "--batch-size=40", "--epochs=3"]
-    assert start(folder, "--dataset=Glyphs", *line) == 0
-    return folder
-
-
-@pytest.fixture(scope="session")
-def small_run(tmp_path_factory, start):
-    """The folder of a small run that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("small")
-    assert start(folder, *SMALL) == 0
-    return folder
-
-
-@pytest.fixture(scope="session")
-def stopped_run(tmp_path_factory, start):
-    folder = tmp_path_factory.mktemp("stopped")
-    assert start(folder, *SMALL, stop_at=31) == 130
-    return folder
+    return stop_at
 
 
 @pytest.fixture
-def stopped(tmp_path, stopped_run):
-    """The folder of the same run, stopped after two of its four epochs; it may be changed."""
-    return shutil.copytree(stopped_run, tmp_path / "stopped")
+def no_plots(monkeypatch):
+    """Skip metrics.png, which takes longer than a small run."""
+    monkeypatch.setattr(train, "plot_metrics", lambda *args: None)
 
 
 @pytest.fixture(scope="session")
-def real_data(tmp_path_factory):
-    """A data folder with the real archives of FashionMNIST and MNIST, and nothing else."""
-    wanted = [Path(name, "raw", file) for name in ("FashionMNIST", "MNIST") for file in ARCHIVES]
-    sources = [ROOT / "data", *map(Path, filter(None, [os.environ.get("LENET_DATA")]))]
-    for source in sources:
-        if all((source / path).is_file() for path in wanted):
-            break
-    else:
-        pytest.skip("no archives in data/, nor in the folder that LENET_DATA names")
-    folder = tmp_path_factory.mktemp("real")
-    for path in wanted:
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source / path, folder / path)
-    return folder
+def finished_run(tmp_path_factory, options):
+    """The output directory of a run with SMALL_RUN. Copy it before you change it."""
+    directory = tmp_path_factory.mktemp("finished")
+    train.main([*SMALL_RUN, *options(directory)])
+    return directory
+
+
+@pytest.fixture(scope="session")
+def stopped_run_original(tmp_path_factory, finished_run, options):
+    directory = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "print_epoch", stop_after_two_epochs)
+        train.main([*SMALL_RUN, *options(directory)])
+    return directory
+
+
+def stop_after_two_epochs(run, seconds):
+    if len(run["history"]) == 2:
+        raise KeyboardInterrupt
 
 
 @pytest.fixture
-def figures(monkeypatch):
-    """The matplotlib figures that are saved, by the name of their file."""
-    figures, save = {}, utils.save_figure
+def stopped_run(tmp_path, stopped_run_original):
+    """The output directory of the same run, stopped after 2 of 4 epochs. It may be changed."""
+    return shutil.copytree(stopped_run_original, tmp_path / "stopped")
 
-    def keep(figure, path, **how):
-        figures[path.name] = figure
-        save(figure, path, **how)
 
-    monkeypatch.setattr(utils, "save_figure", keep)
-    return figures
+def checkpoint(directory, file="last.pt", name="Glyphs"):
+    """Load a checkpoint from the output directory of a run."""
+    return utils.load_checkpoint(directory / "checkpoints" / name / file)
+
+
+def files(directory):
+    """Return the contents of all files below a directory, by path; lock files are not results."""
+    paths = [path for path in directory.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {path.relative_to(directory): path.read_bytes() for path in paths}
+
+
+def comparable(value):
+    """Turn nested dicts, lists and tensors into something that == compares bit for bit."""
+    if isinstance(value, dict):
+        return {key: comparable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [comparable(item) for item in value]
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), list(value.shape), value.contiguous().numpy().tobytes()
+    return value
+
+
+def assert_same_run(one, other, name="Glyphs"):
+    """Compare all that two runs have saved, bit for bit."""
+    for file in ("best.pt", "last.pt"):
+        assert comparable(checkpoint(one, file, name)) == comparable(checkpoint(other, file, name))
+    paths = [directory / "images" / name / "metrics.csv" for directory in (one, other)]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def epoch_rows(out):
+    """Return the table of epochs in the output of train.py: a list of words for each epoch."""
+    return [line.split() for line in out.splitlines() if re.match(r" *\d+/\d+ ", line)]
 
 
 # --- Scripts --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def launch(tmp_path):
-    """Start a script, in another folder than its own; what still runs is killed after the test."""
-    processes = []
-
-    def start(script, *line, env=os.environ, more=None, cwd=tmp_path, prepare=None):
-        how = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE) | {"preexec_fn": prepare}
-        line = [sys.executable, script, *line]
-        process = subprocess.Popen(
-            line, text=True, env=env | OFFLINE | (more or {}), cwd=cwd, **how
-        )
-        patience = threading.Timer(120, process.kill)  # who reads its output then goes on
-        patience.start()
-        processes.append((process, patience))
-        return process
-
-    yield start
-    for process, patience in processes:
-        patience.cancel()
-        process.kill()
-        process.communicate()
-
-
-def finish(process):
-    out, err = process.communicate(timeout=120)
-    assert "Traceback" not in err
-    return process.returncode, out, err
-
-
-@pytest.fixture
-def checkout(tmp_path):
-    """A copy of the scripts, in a path with spaces and umlauts."""
-    folder = tmp_path / "Übung 1, größer" / "lenet"
-    (folder / "images").mkdir(parents=True)
-    for name in SCRIPTS:
-        shutil.copy(ROOT / name, folder / name)
-    return folder
-
-
-@pytest.fixture
 def run_script(monkeypatch, capsys):
-    """Run `main` as its script does; return the exit status, standard output and error."""
+    """Run `main` of a script in this process; return exit status, standard output and error."""
 
-    def run(main, *line):
-        monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, line)])
-        monkeypatch.setattr(signal, "signal", lambda *_: None)
-        with pytest.raises((SystemExit, KeyboardInterrupt)) as caught:
+    def run_script(main, *argv):
+        monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, argv)])
+        with pytest.raises(SystemExit) as end:
             utils.run_script(main)
-        return caught.value.code, *capsys.readouterr()
+        return end.value.code or 0, *capsys.readouterr()
 
-    return run
+    return run_script
 
 
 @pytest.fixture
-def refused(run_script):
-    """Run `main` as its script does, expect one line and status 2, and return that line."""
+def error_of(run_script):
+    """Run `main` with bad input; return its one line on standard error, after status 2."""
 
-    def run(main, *line):
-        status, out, err = run_script(main, *line)
-        assert (status, out) == (2, ""), err
+    def error_of(main, *argv):
+        status, out, err = run_script(main, *argv)
+        assert (status, out) == (2, "")
         assert re.fullmatch(rf"{main.__module__}\.py: error: .*\n", err)
         return err
 
-    return run
+    return error_of
 
 
-def with_ctrl_c():
-    """For `prepare`: a background shell ignores Ctrl-C, and its children would inherit that."""
-    return functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+@pytest.fixture(scope="session")
+def fork_server():
+    """A multiprocessing context whose processes have already imported torch and the scripts."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        pytest.skip("needs fork")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    return context
+
+
+@pytest.fixture
+def start_process(fork_server, tmp_path):
+    """Start train.py or test.py with options; return its process and the file of its output.
+
+    `prepare` is called first, in the new process. What still runs is killed after the test.
+    """
+    started = []
+
+    def start_process(script, *argv, prepare=None):
+        log = tmp_path / f"process-{len(started)}.log"
+        arguments = (script, [str(word) for word in argv], log, prepare)
+        process = fork_server.Process(target=run_in_process, args=arguments, daemon=True)
+        process.start()
+        started.append(process)
+        return process, log
+
+    yield start_process
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def run_in_process(script, argv, log, prepare):
+    os.environ.update(OFFLINE)
+    sys.stdout = sys.stderr = log.open("w", encoding="utf-8", buffering=1)
+    sys.argv = [script, *argv]
+    if prepare:
+        prepare()
+    utils.run_script(train.main if script == "train.py" else evaluate.main)
