@@ -71,9 +71,10 @@ def main(argv=None):
     images, labels = utils.load_images(run["dataset"], args.data_dir, "test")
     logits = utils.predict(model, images.to(device), mean=run["mean"], std=run["std"]).cpu()
     sample = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed))[:64]
-    confusion = print_report(run, labels, logits, sample)
+    print_report(run, labels, logits, sample)
     directory = output_path(args, run, "predict.png").parent
     plots.draw_predictions(run, images, labels, logits, sample, directory)
+    confusion = confusion_matrix(labels, logits.argmax(dim=1), num_classes)
     plots.draw_confusion(run, confusion, directory / "confusion.png")
     print(f"Pictures: {shown(directory)}")
     model.cpu()  # the pictures below process one image at a time
@@ -93,9 +94,6 @@ def print_report(run, labels, logits, sample):
 
     Args:
         labels: int64, N; logits: float, N x classes; sample: indices of images, int64.
-
-    Returns:
-        the confusion matrix, see `confusion_matrix`.
     """
     dataset, classes = run["dataset"], DATASETS[run["dataset"]].classes
     predicted = logits.argmax(dim=1)
@@ -118,7 +116,6 @@ def print_report(run, labels, logits, sample):
     num_correct, size = correct[sample].sum().item(), len(sample)
     accuracy = f"{num_correct / size:.1%} ({num_correct}/{size})"
     print(f"\nAccuracy on {size} random test images: {accuracy}")
-    return confusion
 
 
 def wilson_interval(num_correct, count, z=1.96):

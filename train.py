@@ -409,11 +409,7 @@ def choose_images(run, images, labels, device):
 
 
 def prepare_model(run, path, device):
-    """Make the network and its optimizers, and restore them if `run` was read from `path`.
-
-    Raises:
-        Error: the network cannot be trained, or is not the one that `run` trained.
-    """
+    """Make the network and its optimizers, and restore them if `run` was read from `path`."""
     options = run["options"]
     num_classes = len(DATASETS[run["dataset"]].classes)
     reloaded = utils.to_device(LeNet(num_classes), num_classes, torch.device("cpu"))  # any seed

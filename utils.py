@@ -10,6 +10,7 @@ import errno
 import inspect
 import io
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -86,17 +87,13 @@ class Parser(argparse.ArgumentParser):
         raise Error(f"{message} (see python {self.prog} --help)")
 
 
-LARGEST = 2**63 - 1  # torch has no larger integers
-
-
-def number_type(kind, low, high=LARGEST):
+def number_type(kind, low, high=2**32 - 1):
     """Return an argparse type: an int or float (`kind`) between `low` and `high`."""
 
     def parse(text):
         value = kind(text)
         if not low <= value <= high:  # NaN is not between them either
-            limits = f"of at least {low}" if high == LARGEST else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"must be a finite number {limits}, not {text}")
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
         return value
 
     parse.__name__ = kind.__name__  # appears in argparse's message for text that is not a number
@@ -114,14 +111,13 @@ def run_name(text):
 
     "page" is not allowed: images/page contains the sources of the page.
     """
-    plain = text.isprintable() and Path(text).name == text and "\\" not in text
-    if not plain or text in ("", "page") or text[0] in ".-" or len(os.fsencode(text)) > 200:
+    if not re.fullmatch(r"[^\W_][\w .,=+-]{,200}", text) or text == "page":
         raise argparse.ArgumentTypeError(f"{text!r} cannot be a run name; use one such as relu-1")
     return text
 
 
 def run_script(main):
-    """Run `main`. Exit status: 0, 2 (`Error`), 130 (Ctrl-C or SIGTERM) or 141 (broken pipe)."""
+    """Run `main`. Exit status: 0, 2 (error), 130 (Ctrl-C or SIGTERM) or 141 (broken pipe)."""
     if sys.stdout is None:  # standard output is closed
         sys.stdout = Path(os.devnull).open("w")
     if hasattr(sys.stdout, "reconfigure"):  # not in notebooks
@@ -135,7 +131,9 @@ def run_script(main):
             main()
             sys.stdout.flush()
             status = 0
-        except Error as error:
+        except (Error, OSError) as error:
+            if isinstance(error, BrokenPipeError):
+                raise
             status = 2
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         except KeyboardInterrupt as stop:
@@ -148,11 +146,19 @@ def run_script(main):
     finally:
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
-        if hasattr(builtins, "get_ipython"):  # in IPython: let the next %run import edited files
-            for name in list(sys.modules):
-                if name in ("model", "train", "test", "utils") or name.split(".")[0] == "images":
-                    del sys.modules[name]
     sys.exit(status)
+
+
+def forget_modules(result):
+    """Remove the project's modules, so that the next %run in IPython imports edited files."""
+    builtins.get_ipython().events.unregister("post_run_cell", forget_modules)
+    for name in list(sys.modules):
+        if name in ("model", "train", "test", "utils") or name.split(".")[0] == "images":
+            del sys.modules[name]
+
+
+if hasattr(builtins, "get_ipython") and ROOT in Path(sys.argv[0]).resolve().parents:  # in %run
+    builtins.get_ipython().events.register("post_run_cell", forget_modules)
 
 
 def shown(path):
@@ -210,7 +216,6 @@ def file_lock(directory, timeout=-1):
 
     Raises:
         filelock.Timeout: another process still holds the lock.
-        OSError: the directory is not writable.
     """
     try:
         return FileLock(directory / ".lock").acquire(timeout)
@@ -314,12 +319,10 @@ def read_with_torchvision(dataset, data_dir, train):
             "versions with pip install --upgrade --force-reinstall torch torchvision"
         ) from error
     dataset_class = getattr(datasets, dataset)
-    with errors_as(f"cannot read {shown(data_dir / dataset)}: REASON", OSError):
-        try:
-            return read_split(dataset_class, data_dir, train)
-        except RuntimeError:  # unpacked files are missing or too short
-            pass
-    return download_split(dataset_class, data_dir, train)
+    try:
+        return read_split(dataset_class, data_dir, train)
+    except RuntimeError:  # unpacked files are missing or too short
+        return download_split(dataset_class, data_dir, train)
 
 
 def download_split(dataset_class, data_dir, train):

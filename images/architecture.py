@@ -1,4 +1,4 @@
-"""Print the table of the network in model.py, and draw it to images/architecture.png.
+"""Print the table of the network in model.py, and draw it in images/architecture.png.
 
 python images/architecture.py
 """
@@ -37,7 +37,7 @@ def draw_layer(ax, layer, left):
     count, rows, columns = (*layer.output.shape, 1, 1)[:3]
     if rows * columns > 1:
         label = f"{count}@{rows}x{columns}"
-        width, height, planes = columns * PIXEL, rows * PIXEL, count
+        width, height, planes = columns * PIXEL, rows * PIXEL, min(count, 40)
     else:
         label = f"{count}"
         left += 0.8  # room for the texts below
@@ -53,10 +53,10 @@ def draw_layer(ax, layer, left):
 
 
 def draw_connection(ax, layer, source, target, before):
-    """Draw what leads from one layer (`source`, from `draw_layer`) to the next, and name it below.
+    """Draw the connection from one layer to the next, and label it below.
 
     Args:
-        before: names of operations that come before that of `layer`.
+        source, target: fronts of both layers, from `draw_layer`; before: labels to put first.
     """
     x, y, width, height = source
     next_x, next_y, next_width, next_height = target
@@ -64,7 +64,7 @@ def draw_connection(ax, layer, source, target, before):
     operation = layer.operations[0]
     text = LABELS[operation.op]
     if "kernel_size" in operation.attributes and width != BAR:
-        # One window, and the pixel or the unit that is computed from it.
+        # One window, and the pixel or unit computed from it.
         rows, columns = operation.attributes["kernel_size"]
         text = f"{rows}x{columns}\n{text}"
         x += 0.75 * (width - columns * PIXEL)
@@ -83,7 +83,7 @@ def draw_connection(ax, layer, source, target, before):
 
 @plots.default_style
 def draw(layers, path):
-    """Draw the layers, which `trace` returned, in the style of figure 2 of LeCun et al. (1998)."""
+    """Draw the layers, from `trace`, in the style of figure 2 of LeCun et al. (1998)."""
     figure = Figure(figsize=(2.6 + 1.6 * len(layers), 4.1), layout="constrained")
     ax = figure.add_subplot(aspect="equal", ylim=(-3.6, 3.1))
     ax.axis("off")
@@ -99,13 +99,14 @@ def draw(layers, path):
 
 def main(argv=None):
     utils.Parser("Print and draw the layers of the network in model.py.").parse_args(argv)
-    layers = trace(LeNet())
+    model = LeNet()
+    layers = trace(model)
     rows = table(layers)
-    print(f"| {' | '.join(rows[0])} |\n|{'---|' * 6}---:|")  # a table in Markdown
+    print(f"| {' | '.join(rows[0])} |\n|{'---|' * 6}---:|")  # a Markdown table
     for row in rows:
         *cells, parameters = row.values()
         print(f"| {' | '.join(cells)} | {parameters:,} |")
-    print(f"{sum(row['parameters'] for row in rows):,} parameters")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     path = utils.ROOT / "images" / "architecture.png"
     draw(layers, path)
     print(f"Picture: {utils.shown(path)}")

@@ -1,7 +1,7 @@
-"""Compare runs: their accuracy, what differs between them, and their curves.
+"""Compare runs: accuracy, differences and learning curves.
 
 python images/compare.py              all runs in checkpoints/
-python images/compare.py relu tanh    these two
+python images/compare.py relu tanh    only these two
 """
 
 import sys
@@ -17,15 +17,13 @@ from images import plots
 
 
 def differences(runs):
-    """Return a text for each run: its options and lines of code that not all `runs` share."""
-    facts = []
+    """Describe each run by its options and lines of code that not all `runs` share."""
+    described = []
     for run in runs:
         options = [f"{name.replace('_', '-')} {value}" for name, value in run["options"].items()]
-        facts.append(options + utils.statements(run["code"]))
-    return [
-        "; ".join(fact for fact in mine if not all(fact in theirs for theirs in facts))
-        for mine in facts
-    ]
+        described.append(options + utils.statements(run["code"]))
+    common = [line for line in described[0] if all(line in lines for lines in described)]
+    return ["; ".join(line for line in lines if line not in common) for lines in described]
 
 
 @plots.default_style
@@ -44,10 +42,10 @@ def main(argv=None):
     parser = utils.Parser("Compare runs of train.py.")
     add = parser.add_argument
     add("names", nargs="*", type=utils.run_name, metavar="NAME", help="runs (default: all)")
-    add("--output-dir", type=utils.expand_path, default=utils.ROOT, help="that of train.py")
-    path = utils.ROOT / "images" / "compare.png"
-    add("--picture", type=utils.expand_path, default=path, help="picture to draw")
+    add("--output-dir", type=utils.expand_path, default=utils.ROOT, help="directory of the results")
+    add("--picture", type=utils.expand_path, help="file to draw (default: images/compare.png)")
     args = parser.parse_args(argv)
+    picture = args.picture or args.output_dir / "images" / "compare.png"
     directory = args.output_dir / "checkpoints"
     names = args.names or sorted(path.parent.name for path in directory.glob("*/last.pt"))
     if not names:
@@ -55,7 +53,7 @@ def main(argv=None):
     runs = [utils.load_checkpoint(directory / name / "last.pt") | {"name": name} for name in names]
 
     rows = [("run", "dataset", "epochs", "best validation accuracy", "differences")]
-    groups = {}  # runs that were validated on the same images
+    groups = {}  # runs validated on the same images
     for run, text in zip(runs, differences(runs)):
         best = utils.best_row(run["history"])
         accuracy = "- (--full)"
@@ -68,8 +66,8 @@ def main(argv=None):
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     if groups:
-        draw(list(groups.values()), args.picture)
-        print(f"Picture: {utils.shown(args.picture)}")
+        draw(list(groups.values()), picture)
+        print(f"Picture: {utils.shown(picture)}")
 
 
 if __name__ == "__main__":

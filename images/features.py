@@ -1,4 +1,4 @@
-"""Draw one image in every layer of a network."""
+"""Draw the outputs of all layers for one image."""
 
 import math
 
@@ -34,27 +34,27 @@ def draw(run, model, images, labels, index, path):
     axes = figure.subplots(1, len(panels) + 1, width_ratios=[*widths, 2.2])
     for ax, tiles, (title, maps, cmap) in zip(axes, mosaics, panels):
         low, high = maps.min().item(), maps.max().item()
-        if cmap != "gray":  # white is 0
-            low, high = -max(-low, high), max(-low, high)
+        if cmap != "gray":
+            low, high = -max(-low, high), max(-low, high)  # so that 0 is white
         ax.imshow(tiles.numpy(), cmap=cmap, vmin=low, vmax=high)
         ax.set_title(f"{title}\n{'x'.join(map(str, maps.shape))}", fontsize=11)
         ax.set_xlabel(f"{low:.2g}\nto {high:.2g}", fontsize=10)
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
-    percent = 100 * utils.probabilities(layers[-1].output[None])[0]
+    percent = 100 * utils.probabilities(layers[-1].output.view(1, -1))[0]
     axes[-1].barh(classes, percent.tolist(), color=plots.BLUE)
     axes[-1].tick_params(axis="y", labelsize=min(10, 260 / len(classes)))
     axes[-1].set(xlim=(0, 100), ylim=(len(classes) - 0.5, -0.5))
-    axes[-1].set_title("Output\nsoftmax, in percent", fontsize=11)
+    axes[-1].set_title("Output\nprobability (%)", fontsize=11)
     title = f"test image {index} of {run['dataset']}, class {classes[labels[index]]}"
-    figure.suptitle(f"LeNet-5: {title}, in all layers", fontsize=14)
-    figure.supxlabel("Below each layer: the values of black and white, or of blue and red", size=11)
+    figure.suptitle(f"All layers of LeNet-5 for {title}", fontsize=14)
+    figure.supxlabel("Below each layer: its range, from black to white or blue to red", size=11)
     plots.save_figure(figure, path)
 
 
 def mosaic(maps):
-    """Arrange maps (N x H x W) or units (N) in a picture that is high and narrow; gaps are NaN."""
-    maps = maps.view(len(maps), 1, 1) if maps.ndim == 1 else maps
+    """Tile maps (N x H x W) or units (N) into a tall, narrow picture. Gaps between maps are NaN."""
+    maps = maps.view((*maps.shape, 1, 1)[:3])  # units become 1x1 maps
     count, height, _ = maps.shape
     columns = max(1, round(math.sqrt(count / 5)))
     gap = min(1, height - 1)  # none between units

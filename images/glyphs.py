@@ -16,14 +16,14 @@ TEST_FONTS = "STIXGeneral STIXGeneralBol STIXGeneralItalic STIXGeneralBolIta".sp
 
 
 def draw_glyphs(split):
-    """Draw the "train" or "test" split: warped and noisy digits, always the same ones.
+    """Draw the "train" or "test" split: warped, noisy digits, the same on every call.
 
     Returns:
         images (uint8, N x 28 x 28, bright on black) and labels (int64, N).
     """
     train = split == "train"
     count, seed = (60_000, 0) if train else (10_000, 1)
-    outlines = draw_outlines(TRAIN_FONTS if train else TEST_FONTS)
+    templates = render_digits(TRAIN_FONTS if train else TEST_FONTS)
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, *shape):
@@ -31,16 +31,16 @@ def draw_glyphs(split):
 
     labels = torch.randperm(count, generator=generator) % 10
     images = []
-    for digit in labels.split(5000):
-        n = len(digit)
-        style = torch.randint(len(outlines), (n,), generator=generator)
-        x = outlines[style, digit].unsqueeze(1)
-        # A random matrix turns, slants and scales; the shift is up to 3 pixels.
+    for digits in labels.split(5000):
+        n = len(digits)
+        style = torch.randint(len(templates), (n,), generator=generator)
+        x = templates[style, digits].unsqueeze(1)
+        # A random matrix rotates, slants and scales the digit.
         warp = 1.2 * torch.eye(2) + uniform(-0.3, 0.3, n, 2, 2)
-        shift = uniform(-3, 3, n, 2, 1) * 2 / 28  # in units of half an image
+        shift = uniform(-3, 3, n, 2, 1) * 2 / 28  # about 3 pixels; an image is 2 units wide
         grid = F.affine_grid(torch.cat([warp, shift], dim=2), (n, 1, 28, 28), align_corners=False)
         x = F.grid_sample(x, grid, align_corners=False)
-
+        # Random blur, brightness and noise.
         x = torch.lerp(x, F.avg_pool2d(x, 3, stride=1, padding=1), uniform(0, 1, n, 1, 1, 1))
         x = x * uniform(0.4, 1, n, 1, 1, 1)
         x = x + torch.randn(x.shape, generator=generator) * uniform(0, 0.22, n, 1, 1, 1)
@@ -48,20 +48,20 @@ def draw_glyphs(split):
     return torch.cat(images), labels
 
 
-def draw_outlines(fonts):
-    """Draw the ten digits with four stroke widths per font: float, 0..1, styles x 10 x 64 x 64."""
-    from matplotlib import get_data_path  # images/plots.py prepares the import of matplotlib
+def render_digits(fonts):
+    """Render the digits in each font and stroke width: float, 0 to 1, styles x 10 x 64 x 64."""
+    from images.plots import matplotlib  # handles an unknown MPLBACKEND
 
-    outlines = []
+    templates = []
     for name in fonts:
-        path = Path(get_data_path(), "fonts", "ttf", f"{name}.ttf")
-        # Every build of Pillow has the basic layout engine.
+        path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf")
+        # The other layout engine is missing from some builds of Pillow.
         font = ImageFont.truetype(path, 60, layout_engine=ImageFont.Layout.BASIC)
         for stroke_width in range(4):
             for digit in "0123456789":
                 image = Image.new("L", (64, 64))
                 draw = ImageDraw.Draw(image)
                 draw.text((32, 32), digit, 255, font, anchor="mm", stroke_width=stroke_width)
-                outlines.append(torch.from_numpy(np.array(image)) / 255)
-    # Blurring prevents jagged edges when only every second pixel is sampled.
-    return F.avg_pool2d(torch.stack(outlines), 3, stride=1, padding=1).view(-1, 10, 64, 64)
+                templates.append(torch.from_numpy(np.array(image)) / 255)
+    # Blur, because sampling about every second pixel would leave jagged edges.
+    return F.avg_pool2d(torch.stack(templates), 3, stride=1, padding=1).view(-1, 10, 64, 64)

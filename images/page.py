@@ -1,4 +1,4 @@
-"""Build lenet5.html, a page that shows every layer of a network for an image drawn on it.
+"""Build lenet5.html, a page that shows all layers of a network for an image that you draw.
 
 python images/page.py    the page in this repository, with the pretrained networks
 """
@@ -23,9 +23,9 @@ PAGE = utils.ROOT / "images" / "lenet5.html"  # also the template of all other p
 
 
 def write(networks, path):
-    """Write lenet5.html with `networks`, followed by those that it has for other datasets.
+    """Write a copy of lenet5.html that contains `networks`, and its own for all other datasets.
 
-    `networks` is a dict from datasets to what `describe_network` returns.
+    `networks` is a dict from dataset names to the results of `describe_network`.
     """
     text = PAGE.read_text(encoding="utf-8")
     head, data, tail = re.split(r"(?<=id=\"networks\">)(.*?)(?=</script>)", text, maxsplit=1)
@@ -34,36 +34,35 @@ def write(networks, path):
         data = json.dumps(networks | others, allow_nan=False)
     except ValueError as error:
         raise Unsupported("it has values that are infinite or NaN") from error
-    data = data.replace("</", "<\\/")  # in a name it would end the script
+    data = data.replace("</", "<\\/")  # "</script>" in a name would end the script
     utils.write_file(path, f"{head}{data}{tail}".encode())
 
 
 def describe_network(run, model, images, labels, logits):
-    """Return what the page needs to know about a network, as plain values.
+    """Describe a network for the page, as a dict of plain values.
 
     Args:
         model: on the CPU, with the weights of `run`.
-        images: the test split, uint8, N x 28 x 28; labels: int64, N.
-        logits: of the network for `images`, float, N x classes.
+        images: the test split, uint8, N x 28 x 28; labels: int64, N; logits: float, N x classes.
     """
     dataset = utils.DATASETS[run["dataset"]]
     layers = trace(model)
     samples = torch.cat([(labels == label).nonzero()[:10, 0] for label in labels.unique()])
-    hits = (logits.argmax(dim=1) == labels).sum()
-    about = f"Run {run['name']}, epoch {run['epoch']}: "
+    num_correct = (logits.argmax(dim=1) == labels).sum()
+    about = f"{num_correct:,} of {len(labels):,} test images correct"
     return {
         "classes": dataset.classes,
         "mean": run["mean"],
         "std": run["std"],
         "box": dataset.object_size,
         "by_mass": dataset.centered_by_mass,
-        "about": f"{about}{hits} of {len(labels):,} test images correct",
+        "about": f"Run {run['name']}, epoch {run['epoch']}: {about}",
         "layers": [describe_layer(layer) for layer in layers],
-        "weights": base64(tensors_of(layers)),
+        "weights": encode(tensors_of(layers)),
         "history": describe_history(run, model),
-        "samples": base64([images[samples]]),
+        "samples": encode([images[samples]]),
         "labels": labels[samples].tolist(),
-        "logits": base64([logits[samples]]),
+        "logits": encode([logits[samples]]),
     }
 
 
@@ -82,18 +81,18 @@ def describe_layer(layer):
 
 
 def describe_history(run, model):
-    """Return the weights of each snapshot, in 8 bits, and the accuracy after its epoch."""
+    """List the snapshots as dicts: their epoch, accuracy and weights quantized to 8 bits."""
     split, name = ("val", "validation") if run["counts"][1] else ("train", "training")
     epochs = []
     for snapshot in run["snapshots"]:
         if snapshot["epoch"] < run["epoch"]:
             earlier = copy.deepcopy(model)
-            earlier.load_state_dict(snapshot["weights"], strict=False)  # without integers
+            earlier.load_state_dict(snapshot["weights"], strict=False)  # no integer buffers
             tensors = tensors_of(trace(earlier))
             scales = [max(t.abs().max().item(), 1e-30) / 127 for t in tensors]
-            weights = base64([(t / s).round().to(torch.int8) for t, s in zip(tensors, scales)])
+            weights = encode([(t / s).round().to(torch.int8) for t, s in zip(tensors, scales)])
             epochs.append({"epoch": snapshot["epoch"], "scales": scales, "weights": weights})
-    epochs.append({"epoch": run["epoch"]})  # with the weights of the network itself
+    epochs.append({"epoch": run["epoch"]})  # its weights are those of the network
     for entry in epochs:
         if entry["epoch"] > 0:
             row = run["history"][entry["epoch"] - 1]
@@ -107,8 +106,8 @@ def tensors_of(layers):
     return [t.float() for operation in operations for t in operation.tensors.values()]
 
 
-def base64(tensors):
-    """Return the bytes of tensors, one after the other, as text."""
+def encode(tensors):
+    """Encode the concatenated bytes of tensors as base64 text."""
     return b64encode(b"".join(t.contiguous().numpy().tobytes() for t in tensors)).decode()
 
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 import utils
 from images import plots
 
-FORMATS = ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF"]  # none starts a program
+FORMATS = ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF"]  # EPS would start a program
 MAX_SIDE = 100  # pixels: larger pictures are shrunk, which also averages out noise and paper grain
 
 
@@ -43,32 +43,34 @@ def classify(args, run, model):
         captions.append(f"{name[:20]}\n{best[0]}")
     if images:
         path = args.output_dir / "images" / "own.png"
-        title = f"Your pictures as LeNet-5, trained on {run['dataset']}, sees them"
+        title = f"Your pictures, converted for LeNet-5 ({run['dataset']})"
         plots.draw_grid(torch.stack(images[:64]), captions, title, path)
         print(f"Picture: {utils.shown(path)}")
     if len(images) < len(files):
-        raise utils.Error(f"{len(files) - len(images)} of {len(files)} pictures could not be read")
+        raise utils.Error(f"{len(files) - len(images)} of {len(files)} pictures could not be used")
 
 
 def find_pictures(path):
-    """Return the pictures in a directory, without subdirectories and hidden files, or `path`."""
+    """List the pictures directly in a directory, except hidden ones. A file is listed as it is."""
     if not path.is_dir():
         return [path]
     suffixes = [suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS]
     files = [file for file in path.glob("[!.]*") if file.suffix.lower() in suffixes]
-    return sorted(files) or [path]  # a directory without pictures cannot be read
+    return sorted(files) or [path]  # reading the directory itself then fails
 
 
 def load_picture(path, info):
     """Read a picture and make it look like the images of a dataset: uint8, 28 x 28.
 
     Raises:
-        utils.Error: it cannot be read, or there is no object in it.
+        utils.Error: it cannot be read, or contains no object.
     """
     with utils.errors_as(f"cannot read {path}: REASON", Exception):  # damaged files raise anything
         gray = read_gray(path)
-    with utils.errors_as(f"cannot use {path}: REASON", ValueError):
-        image = subtract_background(gray, info.strokes)
+    difference = subtract_background(gray, info.strokes)
+    if difference.getextrema()[1] < 32:
+        raise utils.Error(f"cannot use {path}: no object found, because the contrast is too low")
+    image = ImageOps.autocontrast(difference)
     threshold = 255 / 3 if info.strokes else 255 / 20  # above ruled lines and noise
     image = image.point(lambda value: value if value > threshold else 0)
     if info.strokes:
@@ -80,8 +82,8 @@ def read_gray(path):
     """Read a picture as a small grayscale image, upright, with white where it is transparent."""
     Image.init()
     formats = [name for name in FORMATS if name in Image.OPEN]
-    with warnings.catch_warnings(), Image.open(path, formats=formats) as file:
-        warnings.simplefilter("ignore")  # such as damaged EXIF data
+    # record=True keeps warnings, such as of damaged EXIF data, off the screen.
+    with warnings.catch_warnings(record=True), Image.open(path, formats=formats) as file:
         picture = ImageOps.exif_transpose(file).convert("RGBA")
     picture.thumbnail((MAX_SIDE, MAX_SIDE))
     white = Image.new("RGBA", picture.size, "white")
@@ -89,24 +91,21 @@ def read_gray(path):
 
 
 def subtract_background(gray, strokes):
-    """Return how much darker each pixel is than the background, stretched to 0..255.
+    """Return an image of how much darker than the background each pixel is, 0 to 255.
 
     For pen strokes the background is a blurred copy, which follows uneven light and shadows
     (adaptive thresholding). Clothes fill too much of the picture for that: their background is
     one level, the median along the border.
     """
     pixels = np.asarray(gray)
-    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    if np.median(border) < sum(gray.getextrema()) / 2:  # bright on dark
-        gray, border = ImageOps.invert(gray), 255 - border
+    level = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]))
+    if level < sum(gray.getextrema()) / 2:  # bright on dark
+        gray, level = ImageOps.invert(gray), 255 - level
     if strokes:
         background = gray.filter(ImageFilter.GaussianBlur(MAX_SIDE / 5))
     else:
-        background = Image.new("L", gray.size, int(np.median(border)))
-    difference = ImageChops.subtract(background, gray)  # negative values become 0
-    if difference.getextrema()[1] < 32:
-        raise ValueError("no object found, because there is too little contrast")
-    return ImageOps.autocontrast(difference)
+        background = Image.new("L", gray.size, int(level))
+    return ImageChops.subtract(background, gray)  # negative values become 0
 
 
 def clear_border(image):
@@ -124,16 +123,16 @@ def clear_border(image):
 def crop_and_center(image, info):
     """Crop the object, and scale it to 28x28 pixels, as in the dataset.
 
-    A digit of MNIST is 20 pixels long, with its center of mass in the middle (LeCun et al. 1998,
-    section III.A); an article of FashionMNIST fills the image (Xiao et al. 2017, section 2).
+    MNIST digits fit in 20x20 pixels and are centered by mass (LeCun et al. 1998, section III.A);
+    FashionMNIST articles fill the image (Xiao et al. 2017, section 2).
     """
     left, top, right, bottom = image.getbbox()
     side = round(max(right - left, bottom - top) * 28 / info.object_size)
     x, y = (left + right) / 2, (top + bottom) / 2
     if info.centered_by_mass:
         mass = np.asarray(image, dtype=float)
-        x = np.average(np.arange(image.width), weights=mass.sum(axis=0))
-        y = np.average(np.arange(image.height), weights=mass.sum(axis=1))
+        x = np.average(np.arange(image.width), weights=mass.sum(axis=0)) + 0.5 - side / 56
+        y = np.average(np.arange(image.height), weights=mass.sum(axis=1)) + 0.5 - side / 56
     left, top = round(x - side / 2), round(y - side / 2)
     image = image.crop((left, top, left + side, top + side))  # black outside the picture
     return ImageOps.autocontrast(image.resize((28, 28)))

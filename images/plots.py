@@ -5,7 +5,7 @@ import io
 import math
 import os
 
-# matplotlib fails on import if it does not know the backend in MPLBACKEND, which notebooks set.
+# Notebooks set MPLBACKEND, and matplotlib cannot be imported if it does not know that backend.
 backend = os.environ.pop("MPLBACKEND", None)
 
 import matplotlib
@@ -24,11 +24,11 @@ if backend:
 
 GREEN, RED, GRAY, BLUE = "#1a7f37", "#cf222e", "#57606a", "#0969da"
 
-default_style = matplotlib.style.context("default")  # a decorator: ignores the user's matplotlibrc
+default_style = matplotlib.style.context("default")  # a decorator: ignore the user's matplotlibrc
 
 
 def save_figure(figure, path, dpi=100):
-    """Write a matplotlib figure as a PNG file; errors are those of utils.write_file."""
+    """Write a matplotlib figure as a PNG file. Raise an `Error` if it cannot be written."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     utils.write_file(path, buffer.getbuffer())
@@ -47,7 +47,7 @@ def plot_metrics(history, dataset, path):
         if "val_loss" in best:
             value = best[f"val_{metric}"]
             text = f"{value:.2%}" if metric == "accuracy" else f"{value:.4f}"
-            label = f"best: epoch {best['epoch']}, {text}"
+            label = f"best epoch: {best['epoch']}, {text}"
             ax.plot(best["epoch"], value, "*", color=GREEN, markersize=15, label=label)
             ax.axvline(best["epoch"], color=GRAY, linestyle=":", linewidth=1)
             ax.legend()
@@ -57,17 +57,18 @@ def plot_metrics(history, dataset, path):
 
 
 def plot_curves(ax, curves, metric):
-    """Plot values over the epochs. The y-axis ignores the first fifth, which is far from the rest.
+    """Plot values by epoch. The y-limits ignore the first fifth, which is often far off.
 
     Args:
         curves: dict from labels to lists of values; metric: "loss" or "accuracy".
     """
-    shown = []
+    late_values = []
     for label, values in curves.items():
         ax.plot(range(1, len(values) + 1), values, ".-", label=label)
-        shown += values[len(values) // 5 :]
-    margin = 0.06 * (max(shown) - min(shown)) or 0.01
-    ax.set(ylim=(min(shown) - margin, max(shown) + margin), xlabel="Epoch")
+        late_values += values[len(values) // 5 :]
+    low, high = min(late_values), max(late_values)
+    margin = 0.06 * (high - low) or 0.01
+    ax.set(ylim=(low - margin, high + margin), xlabel="Epoch")
     ax.set_ylabel("Accuracy" if metric == "accuracy" else "Loss (cross-entropy)")
     if metric == "accuracy":
         ax.yaxis.set_major_formatter(PercentFormatter(1))
@@ -89,7 +90,7 @@ def draw_grid(images, captions, title, path, correct=None):
     height = 2 * rows + 0.7
     figure = Figure(figsize=(max(1.6 * columns, 4.8), height))
     ax = figure.add_axes((0, 0, 1, 1 - 0.7 / height))
-    canvas = np.full((40 * rows, 32 * columns), 255, dtype=np.uint8)  # one, because 64 are slow
+    canvas = np.full((40 * rows, 32 * columns), 255, dtype=np.uint8)  # one imshow is faster than 64
     for i, (image, caption) in enumerate(zip(images.numpy(), captions)):
         row, column = divmod(i, columns)
         x, y = 32 * column + 2, 40 * row + 1
@@ -108,17 +109,17 @@ def draw_grid(images, captions, title, path, correct=None):
 
 
 def draw_predictions(run, images, labels, logits, sample, directory):
-    """Draw predict.png, the images in `sample`, and mistakes.png, the most confident errors.
+    """Draw predict.png (the images in `sample`) and mistakes.png (the most confident errors).
 
-    Args: images (uint8, N x 28 x 28), labels (int64, N), logits of the network (float, N x
-        classes), and sample (indices, int64).
+    Args:
+        images: uint8, N x 28 x 28; labels: int64, N; logits: float, N x classes; sample: indices.
     """
     classes = utils.DATASETS[run["dataset"]].classes
     confidence, predicted = utils.probabilities(logits).max(dim=1)
     correct = predicted == labels
     captions = []
     for guess, p, label in zip(predicted.tolist(), confidence.tolist(), labels.tolist()):
-        truth = "" if guess == label else f"\nis {classes[label]}"
+        truth = "" if guess == label else f"\ntrue: {classes[label]}"
         captions.append(f"{'✗' if truth else '✓'} {classes[guess]} ({p:.1%}){truth}")
     errors = (~correct).nonzero().squeeze(1)
     worst = errors[confidence[errors].argsort(descending=True)][:64]
@@ -134,9 +135,9 @@ def draw_predictions(run, images, labels, logits, sample, directory):
 
 @default_style
 def draw_confusion(run, confusion, path):
-    """Draw a confusion matrix (int64, true classes x predicted classes), colored by row."""
+    """Draw a confusion matrix (int64, true x predicted). Color shows the fraction of each row."""
     classes = utils.DATASETS[run["dataset"]].classes
-    hits, count = confusion.diagonal().sum().item(), confusion.sum().item()
+    num_correct, count = confusion.diagonal().sum().item(), confusion.sum().item()
     fractions = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
     figure = Figure(figsize=(8.5, 7.6), layout="constrained")
     ax = figure.add_subplot()
@@ -150,5 +151,6 @@ def draw_confusion(run, confusion, path):
     ax.set_yticks(ticks, classes)
     ax.set(xlabel="Predicted class", ylabel="True class")
     figure.colorbar(picture, label="Fraction of the true class", shrink=0.85)
-    ax.set_title(f"LeNet-5 on {run['dataset']}: {hits / count:.2%} of {count} test images correct")
+    accuracy = f"{num_correct / count:.2%} of {count:,} test images correct"
+    ax.set_title(f"LeNet-5 on {run['dataset']}: {accuracy}")
     save_figure(figure, path)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
@@ -9,13 +10,13 @@ from torch.utils._pytree import tree_leaves
 
 from utils import Error, fixed_image
 
-LETTERS = {"conv2d": "C", "avg_pool2d": "S", "max_pool2d": "S", "linear": "F"}  # LeCun's names
+LETTERS = {"conv2d": "C", "avg_pool2d": "S", "max_pool2d": "S", "linear": "F"}  # LeCun's letters
 ARITHMETIC = ("add", "sub", "mul", "div")
 RESHAPES = ("flatten", "view", "reshape", "squeeze", "unsqueeze", "contiguous", "clone", "to")
-ARGUMENTS = {  # of the supported operations: what follows the input, in PyTorch's order
+ARGUMENTS = {  # supported operations, and their arguments after the input, in PyTorch's order
     "conv2d": ["weight", "bias", "stride", "padding", "dilation", "groups"],
     "linear": ["weight", "bias"],
-    "mm": ["weight"],  # transposed, and recorded as linear
+    "mm": ["weight"],  # recorded as linear, transposed
     "matmul": ["weight"],
     "avg_pool2d": ["kernel_size", "stride", "padding"],
     "max_pool2d": ["kernel_size", "stride", "padding"],
@@ -26,7 +27,7 @@ ARGUMENTS = {  # of the supported operations: what follows the input, in PyTorch
 }
 ARGUMENTS |= {op: ["other"] for op in ARITHMETIC}
 ARGUMENTS |= {op: [] for op in ("sigmoid", "tanh", "relu", "softmax", "log_softmax", *RESHAPES)}
-DEFAULTS = {"padding": (0, 0), "dilation": (1, 1), "groups": 1}  # the table shows other values
+DEFAULTS = {"padding": (0, 0), "dilation": (1, 1), "groups": 1}  # values that the table omits
 DEFAULTS |= {"training": False, "momentum": 0.1, "eps": 1e-5}
 RTOL, ATOL = 1e-4, 1e-5  # tolerances for comparing outputs
 
@@ -40,12 +41,12 @@ class Operation:
     """One operation of the forward pass."""
 
     op: str  # its name in torch.nn.functional
-    attributes: dict  # kernel_size, stride, ...: a number or a (height, width)
+    attributes: dict  # kernel_size, stride, ...: number, text, or (height, width)
     tensors: dict  # weight, bias, ...
-    output_shape: tuple  # without the batch
+    output_shape: tuple  # without the batch dimension
 
     def __call__(self, x):
-        """Repeat the operation on a batch, from nothing but the fields above."""
+        """Apply the operation to a batch, using only the fields above."""
         arguments = self.attributes | self.tensors
         if self.op in ("input", "dropout", "dropout2d"):
             return x
@@ -56,7 +57,7 @@ class Operation:
             other = other.reshape(-1, *[1] * (x.ndim - 2))  # one value for each map or unit
             return getattr(torch, self.op)(x, other)
         if self.op == "linear":
-            x = x.flatten(1)
+            x = x.flatten(1)  # fails if the layer connected only the last dimension
         if self.op == "conv2d":
             del arguments["kernel_size"]
         if self.op in ("softmax", "log_softmax"):
@@ -84,16 +85,16 @@ class Operation:
 
 @dataclass
 class Layer:
-    """A convolution, pooling or linear operation, and what follows it before the next one."""
+    """A convolution, pooling or linear operation, and all operations before the next one."""
 
     name: str  # Input, C1, S2, ...: LeCun's letter for the kind, and the position; Output
     input_shape: tuple  # without the batch
     operations: list
     output: torch.Tensor  # for the recorded image, without the batch
-    parameters: int = 0  # number of parameters, without those that an earlier layer uses, too
+    parameters: int = 0  # their number, except those shared with an earlier layer
 
     def activations(self):
-        """Return the operations after the first one as texts."""
+        """Describe the operations after the first one, except reshapes."""
         later = [operation for operation in self.operations[1:] if operation.op not in RESHAPES]
         return [f"{operation.op} {operation}".strip() for operation in later]
 
@@ -116,11 +117,11 @@ class Layer:
 class Recorder(TorchFunctionMode):
     """Record all operations on `image`, whether called as a module, a function or a method."""
 
-    def __init__(self, image):
+    def __init__(self, model, image):
         super().__init__()
         shape = tuple(image.shape[1:])
-        self.last = image  # what the next operation must take
-        self.counted = set()
+        self.last = image  # the input that the next operation must use
+        self.counted = {(b.data_ptr(), b.shape) for b in model.buffers()}  # are not parameters
         self.layers = [Layer("Input", shape, [Operation("input", {}, {}, shape)], image[0].clone())]
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -128,7 +129,7 @@ class Recorder(TorchFunctionMode):
         x = self.last.clone()  # the operation may work in place
         output = function(*args, **kwargs)
         follows = any(value is self.last for value in tree_leaves((args, kwargs)))
-        if follows and torch.is_tensor(output) and output.ndim > 0:  # not a size or a sum to print
+        if follows and torch.is_tensor(output) and output.ndim > 0:  # not a shape or a scalar
             op = function.__name__.strip("_")
             args = [value for value in args if value is not self.last]
             try:
@@ -137,7 +138,7 @@ class Recorder(TorchFunctionMode):
                     raise ValueError
             except (KeyError, RuntimeError, TypeError, ValueError) as error:
                 place = f"{op} after {self.layers[-1].name}"
-                raise Unsupported(f"{place} is not supported in this form") from error
+                raise Unsupported(f"{place} is not supported") from error
             self.record(operation, tuple(x.shape[1:]), output[0].clone())
             self.last = output
         return output
@@ -151,15 +152,15 @@ class Recorder(TorchFunctionMode):
         layer.operations.append(operation)
         if operation.op not in RESHAPES:
             layer.output = output
-        for name, tensor in operation.tensors.items():
+        for tensor in operation.tensors.values():
             memory = (tensor.data_ptr(), tensor.shape)
-            if "running" not in name and memory not in self.counted:
+            if memory not in self.counted:
                 self.counted.add(memory)
                 layer.parameters += tensor.numel()
 
 
 def make_operation(op, args, kwargs, output_shape):
-    """Make an `Operation` from a call without its input; KeyError if it is not supported."""
+    """Make an `Operation` from a call, without its input. Raise KeyError if it is not supported."""
     names = ARGUMENTS[op]
     attributes, tensors = {}, {}
     for name, value in [*zip(names, args), *kwargs.items()]:
@@ -174,8 +175,8 @@ def make_operation(op, args, kwargs, output_shape):
     if "kernel_size" in attributes:
         attributes.setdefault("stride", attributes["kernel_size"])
     for name in ("kernel_size", "stride", "padding", "dilation"):
-        if isinstance(attributes.get(name), int):
-            attributes[name] = (attributes[name], attributes[name])
+        if isinstance(attributes.get(name), (int, tuple, list)):  # not "same"
+            attributes[name] = tuple(np.broadcast_to(attributes[name], 2).tolist())
     return Operation(op, attributes, tensors, output_shape)
 
 
@@ -189,7 +190,7 @@ def trace(model, image=None):
     first = fixed_image().to(next(model.parameters()).device)
     second = first.flip(3)
     expected = model.eval()(second.clone())
-    with Recorder(first if image is None else image.clone()) as recorder:
+    with Recorder(model, first if image is None else image.clone()) as recorder:
         output = model(recorder.last)
     layers = recorder.layers
     layers[-1].name = "Output"
@@ -197,10 +198,10 @@ def trace(model, image=None):
         for operation in layer.operations:
             second = operation(second)
     if output is not recorder.last or not torch.allclose(second, expected, RTOL, ATOL):
-        raise Unsupported("the recorded operations give other logits for another image")
+        raise Unsupported("the logits do not follow from a chain of operations")
     return layers
 
 
 def table(layers):
-    """Return the rows of the table, see `Layer.row`, without an input to which nothing is done."""
-    return [layer.row() for layer in layers if layer.name != "Input" or layer.operations[1:]]
+    """Return the rows of the table (see `Layer.row`). An unchanged input has none."""
+    return [layer.row() for layer in layers if layer.name != "Input" or layer.activations()]

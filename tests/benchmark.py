@@ -1,11 +1,11 @@
-"""Measure how fast train.py and test.py are on this machine, and print the README's table.
+"""Measure how fast train.py and test.py are on this machine, and print a table of tests/README.md.
 
-python tests/benchmark.py           1 to 3 minutes; needs FashionMNIST in data/
-python tests/benchmark.py --busy    what other processes cost, and what helps
+python tests/benchmark.py           takes 1 to 3 minutes, needs FashionMNIST in data/
+python tests/benchmark.py --busy    the effect of other processes, and of OpenMP settings
 
-What the training is compared with is the loop that tutorials teach: a DataLoader whose data set
-pads each image and turns it into a tensor, AdamW, batches of 128. Both loops have the same network
-and threads; they take turns, and the ratio is that of the medians.
+Training is compared with the loop that tutorials teach: a DataLoader whose dataset pads each image
+and converts it to a tensor, AdamW, and batches of 128. Both loops use the same network and number
+of threads. They take turns, and the ratio is that of the medians.
 """
 
 import argparse
@@ -24,24 +24,24 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.utils.data import DataLoader, Dataset  # noqa: E402
-from torchvision import transforms  # noqa: E402
+import train  # before torch, whose environment utils sets
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
 
-import train  # noqa: E402
-import utils  # noqa: E402
-from model import LeNet  # noqa: E402
+import utils
+from model import LeNet
 
-IMAGES, PART = 60_000, 15_360  # of an epoch, and of a turn
+IMAGES, PART = 60_000, 15_360  # per epoch, and per turn
 TURNS, MATRIX = 7, 2048
-# Multiply-adds per image: forward, as many for the weights' gradients, those of the inputs.
+# Multiply-adds per image: forward, gradients of the weights, gradients of the inputs.
 OPERATIONS_PER_IMAGE = 2 * (416_520 + 416_520 + 298_920)
 
 
 class TutorialSet(Dataset):
-    """What torchvision's FashionMNIST does for each image, from images that are in memory."""
+    """Does for each image what torchvision's FashionMNIST does."""
 
     transform = transforms.Compose([transforms.Pad(2), transforms.ToTensor()])
 
@@ -56,7 +56,7 @@ class TutorialSet(Dataset):
 
 
 def dataloader_loop(images, labels):
-    """Return a function that trains for an epoch of `images` as tutorials do."""
+    """Return a function that trains for one epoch like tutorials do."""
     loader = DataLoader(TutorialSet(images, labels), batch_size=128, shuffle=True)
     model, loss_function = LeNet(), nn.CrossEntropyLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -75,19 +75,18 @@ def dataloader_loop(images, labels):
     return run
 
 
-def own_loop(images, labels, folder):
-    """Return a function that trains for an epoch of `images` by train.py's own loop."""
-    line = ["--dataset=FashionMNIST", "--epochs=1", "--full", f"--output-dir={folder}"]
-    args = train.parse_args(line)
-    run = {"name": "benchmark", "dataset": args.dataset, "options": args.options}
-    run |= {"classes": utils.CLOTHES, "mean": 0.29, "std": 0.35}
-    model = utils.prepare(LeNet(), 10, torch.device("cpu"))
-    optimizers = train.make_optimizers(model, run["options"]["lr"], 0.015)
+def own_loop(images, labels, directory):
+    """Return a function that trains for one epoch with the loop of train.py."""
+    argv = ["--dataset=FashionMNIST", "--epochs=1", "--full", f"--output-dir={directory}"]
+    args, options = train.parse_args(argv)
+    base = {"name": "benchmark", "dataset": "FashionMNIST", "options": options}
+    base |= {"version": 0, "code": "", "counts": [len(labels), 0], "mean": 0.29, "std": 0.35}
+    model, optimizers = train.prepare_model(base | {"history": []}, None, torch.device("cpu"))
 
     def epoch():
         with contextlib.redirect_stdout(io.StringIO()):
-            new = run | {"history": [], "copies": []}
-            train.train(args, new, model, optimizers, (images, labels), None)
+            run = base | {"history": [], "snapshots": []}
+            train.train(args, run, model, optimizers, (images, labels), None)
 
     return epoch
 
@@ -96,10 +95,10 @@ def measure_loops(images, labels):
     """Return median seconds per epoch of both loops, and the matrix-product rate in GFLOP/s."""
     a, b = torch.randn(2, MATRIX, MATRIX)
     images, labels = images[:PART], labels[:PART]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as directory:
         tasks = [
             dataloader_loop(images, labels),
-            own_loop(images, labels, folder),
+            own_loop(images, labels, directory),
             lambda: a @ b,
         ]
         times = [[] for _ in tasks]
@@ -113,30 +112,28 @@ def measure_loops(images, labels):
     return tutorial * IMAGES / PART, own * IMAGES / PART, 2 * MATRIX**3 / product / 1e9
 
 
-def timed_script(script, data_dir, folder, *options):
-    """Run a script as a user does; return its seconds and its output."""
-    line = [sys.executable, ROOT / script, f"--data-dir={data_dir}", f"--output-dir={folder}"]
+def timed_script(script, data_dir, directory, *options):
+    """Run a script like a user; return its seconds and its output."""
+    line = [sys.executable, ROOT / script, f"--data-dir={data_dir}", f"--output-dir={directory}"]
     start = time.perf_counter()
     result = subprocess.run([*line, *options], check=True, capture_output=True, encoding="utf-8")
     return time.perf_counter() - start, result.stdout
 
 
-def judge(checkpoint, data_dir, repeats=1):
-    """Return accuracy (0 to 1) on the full test set, and median seconds of its forward pass."""
-    images, labels = utils.load_images(checkpoint["dataset"], data_dir, "test")
-    classes = len(checkpoint["classes"])
-    model = utils.prepare(LeNet(classes), classes, torch.device("cpu"))
-    utils.restore("the checkpoint", checkpoint, model)
+def measure_forward(run, data_dir, repeats=5):
+    """Return the median seconds of the forward pass on the full test set."""
+    images, _ = utils.load_images(run["dataset"], data_dir, "test")
+    model = utils.to_device(LeNet(), 10, torch.device("cpu"))
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        logits = utils.predict(model, images, checkpoint["mean"], checkpoint["std"])
+        utils.predict(model, images, mean=run["mean"], std=run["std"])
         times.append(time.perf_counter() - start)
-    return (logits.argmax(dim=1) == labels).double().mean().item(), statistics.median(times)
+    return statistics.median(times)
 
 
-def memory_of_training(data_dir, folder):
-    """Return peak memory of a one-epoch run above that after the imports, in MB (10^6 bytes)."""
+def memory_of_training(data_dir, directory):
+    """Return the peak memory of a one-epoch run, without the imports, in MB (10^6 bytes)."""
     code = f"""
 import re, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -149,7 +146,7 @@ print("above:", memory("VmHWM") - before)
 """
     if not Path("/proc/self/status").exists():
         return "not measured here"
-    options = [f"--data-dir={data_dir}", f"--output-dir={folder}/memory", "--epochs=1"]
+    options = [f"--data-dir={data_dir}", f"--output-dir={directory}/memory", "--epochs=1"]
     line = [sys.executable, "-c", code, *options, "--dataset=FashionMNIST"]
     out = subprocess.run(line, check=True, capture_output=True, encoding="utf-8").stdout
     return f"{int(re.search(r'above: (.*)', out)[1]) * 1024 / 1e6:.0f} MB"
@@ -160,7 +157,7 @@ import sys, time
 sys.path[:0] = [{tests!r}, {root!r}]
 import benchmark, torch
 images, labels = torch.randint(256, (10_000, 28, 28), dtype=torch.uint8), torch.arange(10_000) % 10
-epoch = benchmark.own_loop(images, labels, {folder!r})
+epoch = benchmark.own_loop(images, labels, {directory!r})
 for turn in range(8):
     start = time.perf_counter()
     epoch()
@@ -169,22 +166,21 @@ for turn in range(8):
 
 
 def busy_table():
-    """Print seconds for 10,000 images beside other processes, with several settings of OpenMP."""
+    """Print seconds for 10,000 images next to other processes, with several OpenMP settings."""
     settings = {
         "libgomp's default": {"GOMP_SPINCOUNT": "300000"},
         "`GOMP_SPINCOUNT=3000`, as train.py sets it": {"GOMP_SPINCOUNT": "3000"},
         "one thread, `OMP_NUM_THREADS=1`": {"OMP_NUM_THREADS": "1"},
     }
-    print(
-        "| 10,000 images, seconds | quiet | beside one process | beside two |\n|---|---:|---:|---:|"
-    )
+    print("| seconds for 10,000 images | idle machine | one other process | two others |")
+    print("|---|---:|---:|---:|")
     for name, setting in settings.items():
         cells = []
         for others in range(3):
             spin = [sys.executable, "-c", "while True: pass"]
             busy = [subprocess.Popen(spin) for _ in range(others)]
-            with tempfile.TemporaryDirectory() as folder:
-                code = BUSY.format(tests=str(ROOT / "tests"), root=str(ROOT), folder=folder)
+            with tempfile.TemporaryDirectory() as directory:
+                code = BUSY.format(tests=str(ROOT / "tests"), root=str(ROOT), directory=directory)
                 line = [sys.executable, "-c", code]
                 out = subprocess.run(line, env=os.environ | setting, capture_output=True, text=True)
             for process in busy:
@@ -194,23 +190,23 @@ def busy_table():
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
-def processor():
-    """Return the name of the processor, and the number of threads."""
+def processor(threads):
+    """Return the name of the processor and the number of threads, as text."""
     try:
         name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     except (OSError, TypeError):
         name = platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()}"
+    return f"{name}, {threads} threads of {os.cpu_count()}"
 
 
 def main():
     parser = argparse.ArgumentParser(description="Measure the speed of train.py and test.py.")
-    parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="has FashionMNIST")
-    text = "measure steps of training beside other processes, and nothing else"
+    parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="with FashionMNIST")
+    text = "measure only training next to other processes"
     parser.add_argument("--busy", action="store_true", help=text)
     args = parser.parse_args()
     if args.busy:
-        print(f"{processor()}; torch {torch.__version__}\n")
+        print(f"{processor(torch.get_num_threads())}; torch {torch.__version__}\n")
         busy_table()
         return
     images, labels = utils.load_images("FashionMNIST", args.data_dir, "train")
@@ -218,30 +214,30 @@ def main():
 
     tutorial, own, rate = measure_loops(images, labels)
     limit = OPERATIONS_PER_IMAGE * IMAGES / rate / 1e9
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as directory:
         elapsed, out = timed_script(
-            "train.py", args.data_dir, folder, "--dataset=FashionMNIST", "--epochs=1"
+            "train.py", args.data_dir, directory, "--dataset=FashionMNIST", "--epochs=1"
         )
         epoch = float(re.search(r"^ +1/1 .* ([\d.]+)  best", out, re.MULTILINE)[1])
-        best = utils.load_checkpoint(Path(folder, "checkpoints", "FashionMNIST", "best.pt"))
-        tested, _ = timed_script("test.py", args.data_dir, folder)
-        _, forward = judge(best, args.data_dir, repeats=5)
-        memory = memory_of_training(args.data_dir, folder)
+        best = utils.load_checkpoint(Path(directory, "checkpoints", "FashionMNIST", "best.pt"))
+        tested, _ = timed_script("test.py", args.data_dir, directory)
+        forward = measure_forward(best, args.data_dir)
+        memory = memory_of_training(args.data_dir, directory)
     rows = [
         ("Matrix product, float32, 2048 x 2048", f"{rate:.0f} GFLOP/s", ""),
         ("Training epoch, 60,000 images: DataLoader loop", f"{tutorial:.1f} s", ""),
         (
             "Training epoch, 60,000 images: `train.py`",
             f"{own:.2f} s",
-            f"{tutorial / own:.1f} times faster than the DataLoader loop; {own / limit:.1f} times "
-            f"the limit of {limit:.2f} s (its operations at the matrix product's rate)",
+            f"{tutorial / own:.1f} times as fast as the DataLoader loop; {own / limit:.1f} times "
+            f"the limit of {limit:.2f} s (its operations at the rate of the matrix product)",
         ),
-        ("`python train.py --epochs 1`, less the epoch", f"{elapsed - epoch:.1f} s", ""),
+        ("`python train.py --epochs 1`, without the epoch", f"{elapsed - epoch:.1f} s", ""),
         ("`python test.py`", f"{tested:.1f} s", ""),
         ("Full test set, forward only, 10,000 images", f"{forward:.2f} s", ""),
-        ("Memory of training, above the imports", memory, ""),
+        ("Memory of training, without the imports", memory, ""),
     ]
-    print(f"{processor()}; torch {torch.__version__}, Python {platform.python_version()}\n")
+    print(f"{processor(torch.get_num_threads())}; torch {torch.__version__}\n")
     print("| what | measured | |\n|---|---:|---|")
     for row in rows:
         print(f"| {' | '.join(row)} |")

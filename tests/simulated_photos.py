@@ -1,49 +1,51 @@
-"""Pictures of digits as phones and drawing programs make them, and how many test.py recognises.
+"""Simulate photos of digits, and count how many the pretrained network classifies correctly.
 
-python tests/photos.py    25 pictures of each kind, made of MNIST's test images
+python tests/simulated_photos.py             25 pictures of each kind, from MNIST's test images
+python tests/simulated_photos.py --seed 7    others
 """
 
-import importlib
 import io
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image, ImageFilter  # noqa: E402
+import utils  # before torch, whose environment it sets
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
 
-import utils  # noqa: E402
+from images import photos
+from model import LeNet
 
-judge = importlib.import_module("test")
 KINDS = (
-    *("drawn black on white", "drawn white on black", "grainy paper", "turned and blurred"),
-    *("small in a large frame", "light from one side", "ruled paper", "squared paper"),
-    *("table edge", "shadow along a side", "shadow edge through the digit", "faint pencil"),
-    *("pencil on squared paper", "chalk", "thin pen"),
+    """
+drawn black on white, drawn white on black, grainy paper, turned and blurred,
+small in a large frame, light from one side, ruled paper, squared paper, table edge,
+shadow along a side, shadow edge through the digit, faint pencil, pencil on squared paper, chalk,
+thin pen
+""".strip()
+    .replace("\n", " ")
+    .split(", ")
 )
 
 
 def photograph(digit, kind, rng):
-    """Show `digit` (uint8, 28 x 28, bright on black) in a picture of one of KINDS.
+    """Return a gray PIL image, 400 x 400 to 1200 x 900, of `digit` (uint8, 28 x 28).
 
     Args:
-        rng: a numpy generator, for size, place, light and grain.
-
-    Returns:
-        a grey PIL image of 400 x 400 to 1200 x 900 pixels.
+        kind: one of KINDS.
+        rng: a numpy generator, for size, position, light and grain.
     """
     width, height = int(rng.integers(400, 1201)), int(rng.integers(400, 901))
-    share = 0.15 if kind.startswith("small") else rng.uniform(0.4, 0.75)
-    size = round(share * min(width, height))
+    fraction = 0.15 if kind.startswith("small") else rng.uniform(0.4, 0.75)
+    size = round(fraction * min(width, height))
     ink = Image.fromarray(digit).resize((size, size), Image.Resampling.BICUBIC)
     if kind.startswith("turned"):
         ink = ink.rotate(rng.choice([-12, 12]), Image.Resampling.BICUBIC)
-    edge = 180 if kind == "thin pen" else 100  # level of the edge of a stroke
+    edge = 180 if kind == "thin pen" else 100  # gray level at the edge of a stroke
     y, x = rng.integers(height - size + 1), rng.integers(width - size + 1)
     stroke = np.zeros((height, width))
     stroke[y : y + size, x : x + size] = ((np.array(ink, dtype=float) - edge) / 60 + 0.5).clip(0, 1)
@@ -52,7 +54,7 @@ def photograph(digit, kind, rng):
         return Image.fromarray(picture.astype(np.uint8))
 
     across, down = np.linspace(0, 1, width), np.linspace(0, 1, height)[:, None]
-    left, right = x, width - size - x  # what is free beside the digit
+    left, right = x, width - size - x  # free space on both sides of the digit
     side = np.arange(width) < left / 2 if left > right else np.arange(width) > width - right / 2
     paper, light = np.full((2, height, width), 1.0)
     for axis in (0, 1)[: ("ruled" in kind) + 2 * ("squared" in kind)]:
@@ -80,32 +82,38 @@ def photograph(digit, kind, rng):
     return Image.open(file)
 
 
-def recognised(kind, count, images, labels, folder):
-    """Return which of `count` pictures of a kind the shipped weights recognise (bool, count)."""
-    checkpoint = utils.load_checkpoint(ROOT / "checkpoints" / "lenet5-mnist.pt")
-    model = judge.LeNet()
-    utils.restore("lenet5-mnist.pt", checkpoint, model)
-    rng = np.random.default_rng(KINDS.index(kind))
-    chosen, seen = rng.choice(len(labels), count, replace=False), []
+def classify(kind, count, images, labels, directory, seed=0):
+    """Return which of `count` pictures of a kind are classified correctly (bool, count)."""
+    path = ROOT / "checkpoints" / "lenet5-mnist.pt"
+    run = utils.load_checkpoint(path)
+    model = LeNet()
+    utils.load_weights(path, run, model)
+    rng = np.random.default_rng([KINDS.index(kind), seed] if seed else KINDS.index(kind))
+    chosen = rng.choice(len(labels), count, replace=False)
+    picture = Path(directory) / "picture.png"
+    seen = []
     for i in chosen:
-        photograph(images[i].numpy(), kind, rng).save(Path(folder) / "picture.png")
+        photograph(images[i].numpy(), kind, rng).save(picture)
         try:
-            seen.append(judge.load_picture(Path(folder) / "picture.png", "MNIST")[-1])
-        except utils.Error:  # it is refused, which is wrong too: nothing is on black
+            seen.append(photos.load_picture(picture, utils.DATASETS["MNIST"]))
+        except utils.Error:  # rejected, which counts as an error, too
             seen.append(torch.zeros(28, 28, dtype=torch.uint8))
-    logits = utils.predict(model, torch.stack(seen), checkpoint["mean"], checkpoint["std"])
+    logits = utils.predict(model, torch.stack(seen), mean=run["mean"], std=run["std"])
     return logits.argmax(dim=1) == labels[chosen]
 
 
 def main():
+    parser = utils.Parser("Simulate photos of digits, and classify them.")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the pictures")
+    args = parser.parse_args()
     images, labels = utils.load_images("MNIST", ROOT / "data", "test")
-    right, start = [], time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
+    accuracies = []
+    with tempfile.TemporaryDirectory() as directory:
         for kind in KINDS:
-            right.append(recognised(kind, 25, images, labels, folder).float().mean())
-            print(f"{kind:<32}{right[-1]:>6.0%}", flush=True)
-    seconds = (time.perf_counter() - start) / 25 / len(KINDS)
-    print(f"{'all':<32}{sum(right) / len(KINDS):>6.1%}   {seconds:.2f} s a picture, made and seen")
+            correct = classify(kind, 25, images, labels, directory, args.seed)
+            accuracies.append(correct.float().mean().item())
+            print(f"{kind:<32}{accuracies[-1]:>6.0%}", flush=True)
+    print(f"{'all':<32}{sum(accuracies) / len(KINDS):>6.1%}")
 
 
 if __name__ == "__main__":
