@@ -1,4 +1,4 @@
-"""The data: download, damage, the cache, Glyphs, the split, the batches."""
+"""Datasets: downloads, damaged files, caches, Glyphs, the validation split and batches."""
 
 import gzip
 import hashlib
@@ -8,351 +8,282 @@ import select
 import socket
 import sys
 import threading
-from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ARCHIVES, DAMAGE, damage, files, random_images
+from conftest import evaluate, files, random_images
 from torchvision import datasets
 
+import train
 import utils
+from images import glyphs
 from model import LeNet
 
 
-def idx_header(*sizes):
-    """The start of a file in MNIST's format: of bytes, with a dimension for each of `sizes`."""
-    return b"".join(number.to_bytes(4, "big") for number in (0x800 + len(sizes), *sizes))
+def idx(tensor):
+    """Return the content of a file in MNIST's format."""
+    sizes = [0x800 + tensor.ndim, *tensor.shape]
+    header = b"".join(size.to_bytes(4, "big") for size in sizes)
+    return header + tensor.to(torch.uint8).numpy().tobytes()
+
+
+def make_files(num_classes):
+    """Make unpacked files with 20 training and 5 test images of each class, by name."""
+    contents = {}
+    for split, count in (("train", 20 * num_classes), ("t10k", 5 * num_classes)):
+        contents[f"{split}-images-idx3-ubyte"] = idx(random_images(count))
+        contents[f"{split}-labels-idx1-ubyte"] = idx(torch.arange(count) % num_classes)
+    return contents
+
+
+FILES = make_files(num_classes=10)
+ARCHIVES = {f"{name}.gz": gzip.compress(content) for name, content in FILES.items()}
+IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+OTHER_IMAGES = gzip.compress(FILES[IMAGES][:-1] + b"\0")  # only its checksum is wrong
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.requests.append(self.path)
+        _, number, name = self.path.split("/")
+        content = self.server.mirrors[int(number)].get(name)
+        if content is None:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(ARCHIVES[name])))
+        self.end_headers()
+        self.wfile.write(content)
+        if content == b"stalls" and not select.select([self.connection], [], [], 60)[0]:
+            self.server.requests.append("the client never gave up")
 
 
 @pytest.fixture
-def archives(monkeypatch):
-    """Small archives in place of FashionMNIST's: name -> bytes; the sums are theirs."""
-    rng, packed = np.random.default_rng(0), {}
-    for name in ARCHIVES:
-        count = 200 if name.startswith("train") else 50
-        sizes, values = ((count, 28, 28), 256) if "images" in name else ((count,), 10)
-        content = rng.integers(values, size=sizes, dtype=np.uint8).tobytes()
-        packed[name] = gzip.compress(idx_header(*sizes) + content)
-    sums = [(name, hashlib.md5(content).hexdigest()) for name, content in packed.items()]
-    monkeypatch.setattr(datasets.FashionMNIST, "resources", sums)
-    monkeypatch.setattr(utils, "TIMEOUT", 1)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    return packed
-
-
-def set_mirrors(monkeypatch, first, *others):
-    monkeypatch.setattr(datasets.FashionMNIST, "mirrors", [first])
-    monkeypatch.setitem(utils.DATASETS["FashionMNIST"], "sources", list(others))
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    """Serve two dicts of files as the mirrors; returns the list of requests."""
-    requests, mirrors = [], []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            requests.append(self.path)
-            _, number, name = self.path.split("/")
-            content = mirrors[int(number)].get(name, "missing")
-            if content == "missing":
-                return self.send_error(404)
-            self.send_response(200)
-            self.send_header("Content-Length", 9 if content == "stalls" else len(content))
-            self.end_headers()
-            if content != "stalls":
-                self.wfile.write(content)
-            elif select.select([self.connection], [], [], 30)[0]:  # until the client gives up
-                self.close_connection = True
-            return None
-
-    def start(*contents):
-        requests[:], mirrors[:] = [], contents
-        set_mirrors(monkeypatch, *(f"http://127.0.0.1:{server.server_port}/{i}/" for i in (0, 1)))
-        return requests
-
+def server(monkeypatch):
+    """The server of two mirrors of FashionMNIST, which have no files unless a test adds some."""
+    monkeypatch.setattr(Handler, "log_message", lambda *args: None)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.requests, server.mirrors = [], [{}, {}]
+        server.handle_error = lambda *args: None  # the client closes connections early
         threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
-        yield start
+        first, second = [f"http://127.0.0.1:{server.server_port}/{mirror}/" for mirror in (0, 1)]
+        sums = [(name, hashlib.md5(content).hexdigest()) for name, content in ARCHIVES.items()]
+        monkeypatch.setattr(datasets.FashionMNIST, "resources", sums)
+        monkeypatch.setattr(datasets.FashionMNIST, "mirrors", [first])
+        monkeypatch.setattr(utils.DATASETS["FashionMNIST"], "mirrors", (second,))
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        yield server
         server.shutdown()
+        assert socket.getdefaulttimeout() is None
+        assert datasets.FashionMNIST.mirrors == [first]
+        assert "the client never gave up" not in server.requests
 
 
-@pytest.fixture
-def raw(tmp_path, archives, serve):
-    """The folder of the archives, which are there; no mirror has any."""
-    serve({}, {})
-    raw = tmp_path / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    for name, content in archives.items():
-        (raw / name).write_bytes(content)
-    return raw
+def store(directory, contents, dataset="FashionMNIST"):
+    (directory / dataset / "raw").mkdir(parents=True)
+    for name, content in contents.items():
+        (directory / dataset / "raw" / name).write_bytes(content)
+    return directory / dataset
 
 
-@pytest.fixture
-def cache(raw, tmp_path, archives):
-    """The file that the train split is cached in, which is there, as are the archives."""
-    expect_good(tmp_path, archives)
-    return tmp_path / "FashionMNIST" / f"train-v{utils.CACHE_VERSION}.pt"
-
-
-def expect_good(folder, archives):
-    for split, prefix in (("train", "train"), ("test", "t10k")):
-        images, labels = utils.load_images("FashionMNIST", folder, split)
+def check_loaded(directory):
+    loaded = []
+    for split in ("train", "test"):
+        images, labels = utils.load_images("FashionMNIST", directory, split)
         assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
-        assert images.shape == (len(labels), 28, 28)
-        for tensor, kind, header in ((images, "images-idx3", 16), (labels, "labels-idx1", 8)):
-            content = gzip.decompress(archives[f"{prefix}-{kind}-ubyte.gz"])
-            assert content[header:] == tensor.to(torch.uint8).numpy().tobytes()
+        loaded += [idx(images), idx(labels)]
+    assert loaded == list(FILES.values())
 
 
-@pytest.mark.parametrize("how", ["good", *DAMAGE, "missing", "stalls", "no server"])
-def test_second_source_takes_over_where_need_be(tmp_path, archives, serve, monkeypatch, how):
-    name = ARCHIVES[1]
-    content = damage(archives[name], how) if how in DAMAGE else archives[name]
-    requests = serve(archives | {name: how if how in ("missing", "stalls") else content}, archives)
-    if how == "no server":
-        set_mirrors(monkeypatch, "http://127.0.0.1:9/", *utils.DATASETS["FashionMNIST"]["sources"])
-    expect_good(tmp_path, archives)
-    assert (f"/1/{name}" in requests) == (how != "good")
+@pytest.mark.parametrize(
+    "content",
+    [None, OTHER_IMAGES, b"stalls", b"part"],
+    ids=["missing", "damaged", "stalls", "breaks off"],
+)
+def test_second_mirror_is_used_if_the_first_fails(tmp_path, server, monkeypatch, content):
+    server.mirrors = [{f"{IMAGES}.gz": content}, ARCHIVES]
+    monkeypatch.setattr(utils, "TIMEOUT", 1 if content == b"stalls" else 60)
+    check_loaded(tmp_path)
 
 
-def test_named_set_is_not_replaced_and_the_error_tells_what_failed(tmp_path, archives, serve):
-    serve(archives | {ARCHIVES[0]: archives[ARCHIVES[0]][:-100]}, {})
-    message = rf"^{ARCHIVES[0]} is missing.*http://127\.0\.0\.1:\d+/0/: .*/1/: .*404[^\n]*$"
-    with pytest.raises(utils.Unavailable, match=message):
-        utils.load_train_images("FashionMNIST", tmp_path)
-    (tmp_path / "file").touch()
-    with pytest.raises(utils.Error, match="file/FashionMNIST"):
-        utils.load_train_images("FashionMNIST", tmp_path / "file")
+def test_only_auto_falls_back_to_glyphs_after_a_failed_download(data_dir, server, capsys):
+    server.mirrors = [ARCHIVES | {f"{LABELS}.gz": b"part"}, {}]
+    before = files(data_dir)
+    message = r"FashionMNIST is missing and cannot be downloaded \(.*\): put its four \.gz files "
+    message += f"into {data_dir}/FashionMNIST/raw"
+    with pytest.raises(utils.Unavailable, match=rf"^{message}\Z"):
+        utils.load_training_images("FashionMNIST", data_dir)
+    assert files(data_dir) == before  # no partial files
+    assert utils.load_training_images("auto", data_dir)[0] == "Glyphs"
+    notice = f"!!!\n{message}\\.\n\nTRAINING ON GLYPHS INSTEAD: .*\n"
+    assert re.search(notice, capsys.readouterr().err)
 
 
-def test_silent_servers_are_given_up(tmp_path, archives, monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
-        set_mirrors(monkeypatch, url, url + "second/")
-        with pytest.raises(utils.Unavailable, match=r"timed out.*second/: .*timed out"):
-            utils.load_images("FashionMNIST", tmp_path, "train")
-    assert socket.getdefaulttimeout() is None
+def test_archives_on_disk_are_used_and_only_a_damaged_one_is_downloaded(tmp_path, server):
+    server.mirrors = [ARCHIVES, {}]
+    store(tmp_path, ARCHIVES | {f"{IMAGES}.gz": OTHER_IMAGES})
+    check_loaded(tmp_path)
+    assert set(server.requests) == {f"/0/{IMAGES}.gz"}
 
 
-@pytest.mark.parametrize("dataset", ["FashionMNIST", "MNIST"])
-def test_each_data_set_has_a_second_source_and_both_are_tried_with_a_timeout(
-    tmp_path, monkeypatch, dataset
-):
-    asked = []
-
-    def silent(url, *_):
-        asked.append((url, socket.getdefaulttimeout()))
-        raise TimeoutError("timed out")
-
-    monkeypatch.setattr("torchvision.datasets.utils.download_url", silent)
-    with pytest.raises(utils.Unavailable, match=r"timed out.*timed out"):
-        utils.load_images(dataset, tmp_path, "train")
-    urls, patience = zip(*asked)
-    assert len({url.split("/")[2] for url in urls}) == len(urls) >= 2
-    assert 1 < sum(patience) < 30
+DAMAGE = {
+    "archive": (ARCHIVES | {f"{IMAGES}.gz": OTHER_IMAGES}, "damaged .*: put its four"),
+    "truncated": (FILES | {IMAGES: FILES[IMAGES][:-9]}, "damaged .*: put its four"),
+    "empty": (FILES | {LABELS: b""}, "damaged: delete this directory"),
+    "not a class": (FILES | {LABELS: idx(torch.arange(200) % 11)}, "28x28 .* 10 classes: delete"),
+    "size": (FILES | {IMAGES: idx(torch.ones(200, 32, 32))}, "28x28 .* 10 classes: delete"),
+}
 
 
-def test_disk_that_cannot_be_read_is_no_traceback(raw, tmp_path, monkeypatch):
-    def fail(path):
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr("pathlib.Path.read_bytes", fail)
-    with pytest.raises(utils.Unavailable, match=f"cannot use {tmp_path}: .*Input/output error"):
-        utils.load_images("FashionMNIST", tmp_path, "train")
-
-
-def test_archives_on_disk_are_used_offline_and_not_unpacked(raw, tmp_path, archives, serve):
-    requests, before = serve({}, {}), files(tmp_path)
-    expect_good(tmp_path, archives)
-    assert not requests
-    caches = [raw.parent / f"{split}-v{utils.CACHE_VERSION}.pt" for split in ("train", "test")]
-    assert files(tmp_path) == before | {path: path.read_bytes() for path in caches}
+@pytest.mark.parametrize(("contents", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_damaged_files_never_lead_to_glyphs(tmp_path, server, error_of, contents, message):
+    directory = store(tmp_path, contents)
+    before = files(tmp_path)
+    error = error_of(train.main, f"--data-dir={tmp_path}", f"--output-dir={tmp_path}")
+    assert re.search(message, error)
+    assert str(directory) in error
+    assert files(tmp_path) == before
 
 
-@pytest.mark.parametrize("how", DAMAGE)
-@pytest.mark.parametrize("name", ARCHIVES)
-def test_damaged_archive_is_refused_then_fetched(raw, tmp_path, archives, serve, capsys, name, how):
-    good = files(tmp_path)
-    (raw / name).write_bytes(damage(archives[name], how))
-    damaged = files(tmp_path)
-    with pytest.raises(utils.Unavailable, match=f"{name} is damaged .*cannot be fetched"):
-        utils.load_images("FashionMNIST", tmp_path, "train" if "train" in name else "test")
-    assert files(tmp_path) == damaged
-    requests = serve(archives, {})
-    expect_good(tmp_path, archives)
-    assert set(requests) == {f"/0/{name}"}
-    assert f"{name} is damaged" in capsys.readouterr().err
-    assert files(raw) == good
+def test_first_runs_at_once_share_one_download(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(utils.DATASETS["FashionMNIST"], "mirrors", ())
+    server.mirrors = [ARCHIVES, {}]
+    check_loaded(tmp_path / "single")
+    expected = sorted(server.requests)
+    server.requests.clear()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(check_loaded, [tmp_path / "shared"] * 4))
+    socket.setdefaulttimeout(None)  # threads share it, unlike processes
+    assert sorted(server.requests) == expected
 
 
-def test_torchvision_that_does_not_fit_is_an_error_and_no_reason_for_glyphs(tmp_path, monkeypatch):
+def test_real_archives_have_the_known_means(real_data):
+    for dataset, mean in (("FashionMNIST", 0.2860), ("MNIST", 0.1307)):
+        images, labels = utils.load_images(dataset, real_data, "train")
+        assert utils.mean_and_std(images)[0] == pytest.approx(mean, abs=1e-4)
+        _, (_, val_labels) = utils.split_train_validation(images, labels)
+        assert val_labels.bincount().tolist() == [500] * 10
+
+
+def test_added_dataset_is_trained_and_evaluated(tmp_path, monkeypatch, run_script, no_plots):
+    store(tmp_path, make_files(num_classes=26), "Letters")
+    letters = type("Letters", (datasets.MNIST,), {})
+    monkeypatch.setattr(datasets, "Letters", letters, raising=False)
+    info = utils.DatasetInfo([chr(ord("A") + label) for label in range(26)])
+    monkeypatch.setitem(utils.DATASETS, "Letters", info)
+    options = ["--dataset=Letters", f"--data-dir={tmp_path}", f"--output-dir={tmp_path}"]
+    status, out, _ = run_script(train.main, *options, "--epochs=1")
+    assert (status, "Letters: 260 images to train on, 260 for validation\n" in out) == (0, True)
+    status, out, _ = run_script(evaluate.main, *options)
+    rows = re.findall(r"^([A-Z]) +\S+% \(\d/5\)  ", out, re.MULTILINE)
+    assert (status, rows) == (0, info.classes)
+
+
+def test_damaged_or_foreign_cache_is_created_again(tmp_path, server, capsys):
+    directory = store(tmp_path, FILES)
+    (directory / f"test-v{utils.CACHE_VERSION}.pt").mkdir()  # cannot be written
+    check_loaded(tmp_path)
+    assert re.search(r"Warning: .*/test-.*; the next start will be", capsys.readouterr().err)
+    (cache,) = directory.glob("train*.pt")
+    good = cache.read_bytes()
+    utils.save([1, 2], cache)
+    for content in (good.replace(b"\0" * 9, bytes(range(9))), cache.read_bytes()):
+        cache.write_bytes(content)
+        check_loaded(tmp_path)
+        assert f"; creating {cache} again\n" in capsys.readouterr().err
+        assert cache.read_bytes() == good
+
+
+def test_torchvision_is_needed_only_without_a_cache_of_this_version(tmp_path, server, monkeypatch):
+    store(tmp_path, FILES)
+    check_loaded(tmp_path)
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('nms does not exist')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "torchvision")
-    with pytest.raises(utils.Error, match=r"nms does not exist.*pip install"):
-        utils.load_train_images("auto", tmp_path)
+    check_loaded(tmp_path)
+    assert utils.load_training_images("auto", tmp_path)[0] == "FashionMNIST"
+    monkeypatch.setattr(utils, "CACHE_VERSION", utils.CACHE_VERSION + 1)
+    with pytest.raises(utils.Error, match=r"nms does not exist.* pip install .*torch torchvision"):
+        utils.load_training_images("auto", tmp_path)
 
 
-def test_real_archives_are_read(real_data):
-    for dataset, mean in (("FashionMNIST", 0.2860), ("MNIST", 0.1307)):  # of all 60,000 images
-        images, labels = utils.load_images(dataset, real_data, "train")
-        assert images.shape == (60_000, 28, 28)
-        assert utils.pixel_statistics(images)[0] == pytest.approx(mean, abs=1e-4)
-        (_, train), (_, val) = utils.split_train_validation(images, labels)
-        assert (len(train), val.bincount().tolist()) == (55_000, [500] * 10)
-        assert len(utils.load_images(dataset, real_data, "test")[1]) == 10_000
+def test_glyphs_are_fixed_and_the_test_fonts_are_never_trained_on(data_dir):
+    images, labels = utils.load_images("Glyphs", data_dir, "train")  # of the test split
+    assert labels[:10].tolist() == [5, 0, 2, 1, 3, 8, 5, 3, 5, 1]
+    means = [49.62, 33.57, 27.17, 38.43, 17.82, 34.29, 32.33, 13.06, 19.51, 28.59]
+    assert images[:10].float().mean(dim=(1, 2)).tolist() == pytest.approx(means, abs=0.3)
+    assert not set(glyphs.TRAIN_FONTS) & set(glyphs.TEST_FONTS)
 
 
-def test_second_load_needs_neither_archives_nor_torchvision(cache, tmp_path, archives, monkeypatch):
-    (cache.parent / "raw").rename(tmp_path / "elsewhere")
-    monkeypatch.setitem(sys.modules, "torchvision", None)  # an import of it fails
-    expect_good(tmp_path, archives)
-    assert utils.load_train_images("auto", tmp_path)[0] == "FashionMNIST"
+def test_validation_split_takes_evenly_spaced_images_of_each_class():
+    numbers = torch.arange(3000)
+    (train, _), (val, labels) = utils.split_train_validation(numbers, numbers % 3, per_class=250)
+    assert torch.equal(val, numbers[numbers // 3 % 4 == 0])
+    assert torch.equal(train, numbers[numbers // 3 % 4 != 0])
+    assert torch.equal(labels, val % 3)
+    _, (_, labels) = utils.split_train_validation(torch.zeros(9), torch.tensor([0] * 8 + [1]))
+    assert labels.tolist() == [0] * 4  # at most half of a class
 
 
-def test_damaged_cache_is_made_again(cache, tmp_path, archives, capsys):
-    good = cache.read_bytes()
-    cache.write_bytes(damage(good, "flipped bit"))
-    expect_good(tmp_path, archives)
-    assert f"{cache} is damaged" in capsys.readouterr().err
-    assert cache.read_bytes() == good
-
-
-def test_auto_takes_fashion_mnist_and_warns_where_it_cannot_be_cached(cache, tmp_path, capsys):
-    data = utils.load_images("FashionMNIST", tmp_path, "train")
-    cache.unlink()
-    cache.mkdir()  # so that no file can be written there
-    name, *again = utils.load_train_images("auto", tmp_path)
-    assert name == "FashionMNIST"
-    assert all(map(torch.equal, again, data))
-    assert f"Warning: cannot write {cache}" in capsys.readouterr().err
-
-
-def test_glyphs_are_the_same_in_every_run(tmp_path):
-    images, labels = drawn = utils.draw_glyphs("test")
-    assert (images.dtype, images.shape) == (torch.uint8, (10_000, 28, 28))
-    assert labels.bincount().tolist() == [1000] * 10
-    torch.manual_seed(123)  # nothing outside has an influence
-    for _ in range(2):  # drawn, then from the cache
-        assert all(map(torch.equal, utils.load_images("Glyphs", tmp_path, "test"), drawn))
-
-
-def test_fonts_of_the_test_digits_are_never_trained_on():
-    assert not set(utils.FONTS["train"]) & set(utils.FONTS["test"])
-    train, test = (utils.draw_outlines(fonts).flatten(0, 1) for fonts in utils.FONTS.values())
-    assert all((train - outline).abs().amax(dim=(1, 2)).min() > 0.1 for outline in test)
-
-
-def test_auto_says_loudly_that_it_takes_glyphs(glyphs_dir, archives, serve, capsys):
-    serve({}, {})
-    dataset, images, _ = utils.load_train_images("auto", glyphs_dir)
-    assert (dataset, len(images)) == ("Glyphs", 60_000)
-    assert re.search(r"(?s)had: .*404.*TRAINING ON GLYPHS", capsys.readouterr().err)
-
-
-def test_validation_split_is_balanced_and_shares_no_image_with_the_train_split():
-    labels = torch.randperm(12_000, generator=torch.Generator().manual_seed(0)) % 3
-    images = torch.arange(12_000).view(-1, 1, 1)  # each image is its own number
-    train, val = utils.split_train_validation(images, labels)
-    assert val[1].bincount().tolist() == [500] * 3
-    numbers = torch.cat([train[0], val[0]]).flatten()
-    assert torch.equal(numbers.sort().values, torch.arange(12_000))
-    assert torch.equal(labels[numbers], torch.cat([train[1], val[1]]))
-    assert torch.equal(utils.split_train_validation(images, labels)[1][0], val[0])
-
-
-def test_validation_split_leaves_half_of_a_small_class():
-    _, val = utils.split_train_validation(torch.zeros(9, 28, 28), torch.tensor([0] * 8 + [1]))
-    assert val[1].tolist() == [0] * 4
-
-
-def test_validation_split_takes_every_kth_image_of_each_class():
-    labels = torch.arange(3000) % 3
-    (train, _), (val, _) = utils.split_train_validation(torch.arange(3000), labels, per_class=250)
-    assert sorted(val.tolist()) == [i for i in range(3000) if i // 3 % 4 == 0]
-    assert train.tolist() == [i for i in range(3000) if i // 3 % 4]
-
-
-def test_pixel_statistics():
-    images = random_images(50)
-    share = images.numpy() / 255
-    assert utils.pixel_statistics(images) == pytest.approx((share.mean(), share.std()))
-
-
-def test_epoch_has_every_image_once_with_its_label_in_an_order_set_by_the_seed():
-    def epoch(seed):
-        torch.manual_seed(seed)
-        xs, ys = zip(*utils.batches(images, torch.arange(1000), 0.3, 0.4, batch_size=300))
-        assert [len(y) for y in ys] == [300, 300, 300, 100]
-        order = torch.cat(ys)
-        assert torch.equal(order.sort().values, torch.arange(1000))
-        torch.testing.assert_close(torch.cat(xs), expected[order])
-        return order.tolist()
-
-    images = random_images(1000)
+def test_epoch_contains_every_image_once_in_an_order_set_by_the_seed():
+    images, numbers, orders = random_images(301), torch.arange(301), []
     expected = (F.pad(images, [2] * 4).unsqueeze(1).float() / 255 - 0.3) / 0.4
-    assert sorted(epoch(0)) != epoch(0) == epoch(0) != epoch(1)
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        xs, ys = zip(*utils.batches(images, numbers, 0.3, 0.4, batch_size=100))
+        assert [len(y) for y in ys] == [100, 100, 101]  # batch norm may need two images
+        assert torch.equal(torch.cat(ys).sort().values, numbers)
+        torch.testing.assert_close(torch.cat(xs), expected[torch.cat(ys)])
+        orders.append(torch.cat(ys).tolist())
+    assert numbers.tolist() != orders[0] == orders[1] != orders[2]
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    list(utils.batches(images.to("meta"), numbers.to("meta"), 0.3, 0.4, 100))
+    assert torch.equal(torch.get_rng_state(), state)  # every device sees the same batches
 
 
-@pytest.mark.parametrize(("mirror", "shift"), [(True, 0), (False, 1), (True, 1), (False, 2)])
-def test_augmentation_takes_all_mirrorings_and_shifts_equally_often(mirror, shift):
-    (image,) = random_images(1)
-    expected = {
-        F.pad(x, [2] * 4).roll((down, right), (0, 1)).float().numpy().tobytes()
-        for x in (image, image.flip(1))[: 1 + mirror]
-        for down in range(-shift, shift + 1)
-        for right in range(-shift, shift + 1)
-    }
+@pytest.mark.parametrize(("flip", "shift"), [(True, 0), (False, 2)])
+def test_flips_and_shifts_are_equally_frequent(flip, shift):
     torch.manual_seed(0)
-    copies = image.expand(400 * len(expected), 28, 28)
-    batches = utils.batches(copies, torch.zeros(len(copies)), 0.0, 1 / 255, 256, mirror, shift)
-    seen = Counter(x.numpy().tobytes() for batch, _ in batches for x in batch)
-    assert seen.keys() == expected
-    assert 320 < min(seen.values()) <= max(seen.values()) < 480
+    offsets = range(-shift, shift + 1)
+    image = F.pad(random_images(1), [2] * 4)
+    expected = [image.roll((down, right), (1, 2)) for down in offsets for right in offsets]
+    expected += [x.flip(2) for x in expected if flip]
+    images = random_images(1).expand(400 * len(expected), 28, 28)
+    ((x, _),) = utils.batches(images, images[:, 0, 0], 0.0, 1 / 255, len(images), flip, shift)
+    counts = [(x == version).flatten(1).all(dim=1).sum() for version in expected]
+    assert sum(counts) == len(images)
+    assert 300 < min(counts) <= max(counts) < 500
 
 
-def test_a_third_of_the_strokes_is_thinned_and_a_third_thickened():
-    image = torch.zeros(28, 28, dtype=torch.uint8)
-    image[8:20, 13:16] = 255
-    padded = F.pad(image, [2] * 4).float()
-    torch.manual_seed(0)
-    copies = image.expand(900, 28, 28)
-    (batch, _), *_ = utils.batches(copies, torch.zeros(900), 0.0, 1 / 255, 900, strokes=True)
-    thicker, thinner = torch.zeros_like(padded), torch.zeros_like(padded)
-    thicker[9:23, 14:19] = 255
-    thinner[11:21, 16] = 255
-    grown = batch.sum(dim=(1, 2, 3)) - padded.sum()
-    for some, most in ((grown > 0, thicker), (grown < 0, thinner)):
-        assert 240 < some.sum() < 360
-        share = (batch[some, 0] - padded).abs().amax(dim=(1, 2)) / 255
-        assert share.max() > 0.95
-        assert abs(share.mean() - 0.5) < 0.06
-        expected = padded + share.view(-1, 1, 1) * (most - padded)
-        torch.testing.assert_close(batch[some, 0], expected)
-    assert (batch[grown == 0, 0] == padded).all()
+def test_strokes_become_up_to_one_pixel_thicker_or_thinner():
+    line, thick, thin = torch.zeros(3, 1, 1, 9, 9)
+    line[..., 3:6] = thin[..., 4] = thick[..., 2:7] = 1.0
+    for amount, expected in ((0.0, line), (1.0, thick), (-1.0, thin), (0.5, (line + thick) / 2)):
+        assert torch.equal(utils.vary_stroke_width(line, torch.tensor([amount])), expected)
 
 
-def test_clothes_are_batched_as_ever_with_no_random_number_more():
-    images, states = random_images(50), []
-    for strokes in (False, True):
-        torch.manual_seed(0)
-        (x, _), *_ = utils.batches(images, torch.zeros(50), 0.0, 1 / 255, 50, True, 1, strokes)
-        states.append((x, torch.get_rng_state()))
-    torch.manual_seed(0)
-    order, mirrored, moved = torch.randperm(50), torch.rand(50) < 0.5, torch.randint(3, (2, 50))
-    assert torch.equal(states[0][1], torch.get_rng_state())
-    assert not torch.equal(states[1][1], torch.get_rng_state())
-    for x, i, mirror, top, left in zip(states[0][0], order, mirrored, *moved):
-        image = images[i].flip(1) if mirror else images[i]
-        expected = F.pad(image, [3] * 4)[top : top + 32, left : left + 32]
-        assert torch.equal(x[0], expected.float())
+def test_pixels_are_normalized_without_changing_the_input():
+    images = random_images(50)
+    pixels = images.float() / 255
+    assert utils.mean_and_std(images) == pytest.approx(
+        (pixels.mean().item(), pixels.std().item()), rel=1e-4
+    )
+    for x in (images, images.float()):
+        torch.testing.assert_close(utils.normalize(x, 0.3, 0.5)[:, 0], (pixels - 0.3) / 0.5)
+        assert torch.equal(x, random_images(50).to(x.dtype))
 
 
-def test_predict_does_not_depend_on_the_batch_size():
-    torch.manual_seed(0)
-    model, images = LeNet(), random_images(25)
-    whole = utils.predict(model, images, 0.3, 0.3)
-    torch.testing.assert_close(utils.predict(model, images, 0.3, 0.3, batch_size=10), whole)
+def test_predict_checks_its_input_and_depends_neither_on_batch_size_nor_dropout():
+    model = torch.nn.Sequential(LeNet(), torch.nn.Dropout())
+    logits = utils.predict(model, random_images(25), 0.3, 0.3)
+    torch.testing.assert_close(utils.predict(model, random_images(25), 0.3, 0.3, 10), logits)
+    (logits * torch.ones(25, 10, requires_grad=True)).sum().backward()  # allows gradients
+    for images in (torch.rand(2, 28, 28), random_images(1)[0], random_images(2).numpy()):
+        with pytest.raises(ValueError, match=r"^images must be a uint8 tensor, N x 28 x 28, not a"):
+            utils.predict(model, images, 0.3, 0.3)
+    probabilities = logits.softmax(dim=1)
+    for outputs in (logits, probabilities):
+        torch.testing.assert_close(utils.probabilities(outputs), probabilities)

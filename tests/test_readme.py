@@ -1,42 +1,104 @@
-"""The README: its commands, and its results, which are those in images/results.csv."""
+"""README.md and tests/README.md: commands, tables, links and examples."""
 
 import re
 
+import measure
 import pytest
-from conftest import ROOT
-from reproduce import KEYS, LABELS, STEPS, read_results, summary
+import torch
+from conftest import ROOT, random_images
 
 import train
+import utils
+from images.trace import table, trace
+from model import LeNet
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-RUNS = read_results()
-COMMANDS = sorted({tuple(row[key] for key in KEYS[:-1]) for row in RUNS})
+README = "README.md"
+TESTS_README = "tests/README.md"
+EXERCISES = {path.stem for path in ROOT.glob("tests/exercises/*.diff")}
 
 
-def test_first_commands_bring_a_virtual_environment_and_need_no_command_called_python():
-    """Where the system's pip refuses to install, and its Python is called python3 alone."""
+def read(path):
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def table_rows(text, columns):
+    """Return the cells of all table rows with this number of columns."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return [row for row in rows if len(row) == columns]
+
+
+def test_the_two_commands_create_a_virtual_environment():
     start = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt && "
-    for script in ("python train.py && python test.py", "python -m pytest"):
-        assert README.count(f"\n```\n{start}{script}\n```\n") == 1
-    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    [found] = re.findall(re.search("grep '(.*)' README.md", ci)[1], README, re.MULTILINE)
-    assert f"{start}python -m pytest".endswith(found)
+    for end in ("python train.py && python test.py", "python -m pytest"):
+        assert read(README).count(f"\n```\n{start}{end}\n```\n") == 1
+    pattern = re.search("grep '(.*)' README.md", read(".ci/run"))[1]
+    assert re.findall(pattern, read(README), re.MULTILINE) == [f"{start}python -m pytest"]
 
 
-def test_every_recipe_and_every_step_of_the_ablation_has_results():
-    assert {recipe for _, recipe, *_ in COMMANDS} == {*train.RECIPES, *STEPS} == {*LABELS}
+def test_layer_table_is_that_of_the_network():
+    rows = [
+        [f"{cell:,}" if isinstance(cell, int) else cell for cell in row.values()]
+        for row in table(trace(LeNet()))
+    ]
+    assert table_rows(read(README), 7)[-len(rows) :] == rows
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: "-".join(map(str, c)))
-def test_readme_has_the_row_of_each_command(command):
-    rows = [row for row in RUNS if tuple(row[key] for key in KEYS[:-1]) == command]
-    assert summary(rows) in README
-    assert [row["seed"] for row in rows] == list(range(len(rows)))
+def test_result_tables_agree_with_the_single_results():
+    groups = {}
+    for row in measure.read_results():
+        groups.setdefault(tuple(row[key] for key in measure.KEYS[:-1]), []).append(row)
+    summaries = [measure.summary(rows) for rows in groups.values()]
+    for rows in groups.values():
+        assert [row["seed"] for row in rows] == list(range(len(rows)))
+    assert {row["recipe"] for rows in groups.values() for row in rows} == set(measure.LABELS)
+    listed = [
+        line for line in read(TESTS_README).splitlines() if re.match(r"\| \w+MNIST .*±", line)
+    ]
+    assert set(listed) | set(summaries) == set(listed) & set(summaries)
+    short = [line for line in read(README).splitlines() if re.match(r"\| \w*MNIST .*±", line)]
+    without_validation = [re.sub(r"(\| \d+ \|) \S+ \|", r"\1", line) for line in summaries]
+    assert len(short) == 4
+    assert set(short) <= set(without_validation)
 
 
-def test_every_promise_of_what_survives_names_a_test_that_is_there():
-    promises = README.split("## What it survives")[1].split("\n## ")[0].split("\n* ")[1:]
-    for promise in promises:
-        names = re.findall(r"tests/(test_\w+\.py)", promise)
-        assert names, promise
-        assert all((ROOT / "tests" / name).exists() for name in names)
+def test_exercise_tables_agree_with_the_patches_and_with_each_other():
+    long_rows = {row[0]: row for row in table_rows(read(TESTS_README), 4) if row[0] in EXERCISES}
+    assert long_rows.keys() == {name for name in EXERCISES if not name.startswith("ablation")}
+    for name, (_, command, mean, single) in long_rows.items():
+        options = " ".join(measure.patch_options(name))
+        assert command == f"`{' '.join(['python train.py', options]).strip()}`"
+        accuracies = [float(value) for value in single.split(", ")]
+        assert float(mean[:-1]) == pytest.approx(sum(accuracies) / len(accuracies), abs=0.006)
+        cell = f"`{options}`" if options else ""
+        link = f"| [{name}](tests/exercises/{name}.diff) | {cell} | {mean} | ".replace(
+            "|  |", "| |"
+        )
+        assert read(README).count(link) == 1
+        assert name in measure.patch_file(name).read_text(encoding="utf-8").split("--name ")[1]
+
+
+def test_example_for_your_own_code_works_as_printed(monkeypatch):
+    images = random_images(20)
+    monkeypatch.setattr(utils, "load_images", lambda *args: (images, torch.arange(20) % 10))
+    monkeypatch.chdir(ROOT)
+    [code] = re.findall(r"```python\n(.*?)```", read(README), re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert names["logits"].shape == (20, 10)
+
+
+@pytest.mark.parametrize("document", [README, TESTS_README])
+def test_links_pictures_and_named_tests_exist(document):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", read(document))
+    assert len(links) > 2
+    for link in links:
+        assert ((ROOT / document).parent / link).exists(), link
+    for name in re.findall(r"tests/test_\w+\.py", read(document)):
+        assert (ROOT / name).exists(), name
+
+
+def test_both_transcripts_are_of_the_same_run():
+    text = read(README)
+    epoch, epochs = re.search(r"Best epoch: (\d+) of (\d+), ", text).groups()
+    assert int(epochs) == train.parse_args([])[1]["epochs"]
+    assert f"Weights: checkpoints/FashionMNIST/best.pt, epoch {epoch} of a run on Fashion" in text

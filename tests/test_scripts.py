@@ -1,153 +1,311 @@
-"""The scripts as a user runs them: the first commands, odd machines, bad input; no traceback."""
+"""The scripts as users run them: the first commands, notebooks, bad input, signals and pipes."""
 
+import io
 import os
 import re
+import shlex
+import shutil
+import signal
+import subprocess
 import sys
-from pathlib import Path
+import threading
+from functools import partial
 
 import pytest
-from conftest import OFFLINE, TINY, files, finish, judge, options, posix, run_dir
-from PIL import Image, ImageOps
+import torch
+from PIL import Image
 
+import conftest
 import train
 import utils
+from conftest import OFFLINE, ROOT, SMALL_RUN, evaluate, files, posix
+from images import compare
 
-RUN = {"best.pt", "last.pt", "metrics.png", "metrics.csv"}  # what a run leaves behind
-REPORT = {"predict.png", "confusion.png", "mistakes.png", "features.png", "lenet5.html"}
-# No home, no display, ASCII.
-ODD = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "OMP_NUM_THREADS": "1"}
-ODD |= {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+TINY_RUN = ["--dataset=Glyphs", "--limit=100", "--epochs=1"]
+
+
+def fail(error, *args, **kwargs):
+    raise error
+
+
+# --- New processes --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path, data_dir):
+    """A copy of the repository in a path with a space and umlauts; Glyphs is its only dataset."""
+    directory = tmp_path / "größere Übung"
+    shutil.copytree(data_dir, directory / "data")
+    for pattern in ("*.py", ".gitignore", "images/*.*", "checkpoints/*.pt"):
+        for path in ROOT.glob(pattern):
+            copy = directory / path.relative_to(ROOT)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copy(path, copy)
+    return directory
 
 
 @posix
-def test_first_commands_without_a_network_write_into_the_named_folders_only(
-    launch, checkout, glyphs_run, glyphs_dir, tmp_path
-):
-    out, before = tmp_path / "größer", set(tmp_path.rglob("*"))
-    folders = options(out, glyphs_dir)
-    line = ["--limit=2000", "--epochs=1", "--batch-size=50", *folders]
-    status, text, err = finish(launch(checkout / "train.py", *line, env=ODD))
-    assert status == 0, err
-    assert "TRAINING ON GLYPHS INSTEAD" in err
-    assert "Glyphs: 2,000 images to train on" in text
-    status, text, err = finish(launch(checkout / "test.py", *folders, env=ODD))
-    assert (status, err) == (0, "")
-    assert "Test accuracy on Glyphs:" in text
-    assert {path.name for path in files(out)} == RUN | REPORT
-    assert {path for path in tmp_path.rglob("*") if out not in (path, *path.parents)} == before
-
-
-@posix
-def test_odd_surroundings(launch, checkout, glyphs_dir, tmp_path):
-    """Also another current folder, and the default ones in a path with spaces and umlauts."""
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_first_commands_work_on_an_odd_machine(checkout, tmp_path):
+    """Without a network, a home directory and UTF-8, and with an unknown matplotlib backend."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    names = [b"$_$.png", "ü\n.png".encode(), *([b"\xff.png"] if sys.platform == "linux" else [])]
-    pictures = [tmp_path / os.fsdecode(name) for name in names]
-    for path in pictures:
-        ImageOps.expand(Image.new("L", (4, 24)), 8, fill=255).save(path)
-    for script, line in (("train.py", TINY), ("test.py", ["--image", *pictures])):
-        line = [f"--data-dir={glyphs_dir}", *line]
-        status, _, err = finish(launch(checkout / script, *line, env=ODD, cwd=elsewhere))
-        assert status == 0, err
+    code = "import atexit, os\natexit.register(lambda: print(os.environ['MPLBACKEND']))\n"
+    (tmp_path / "sitecustomize.py").write_text(code)  # Python imports it at the start
+    odd = {"PATH": os.environ["PATH"], "HOME": "/dev/null", "PYTHONPATH": str(tmp_path)}
+    odd |= {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    odd |= {"MPLBACKEND": "nonsense", **OFFLINE}
+    subprocess.run("git init -q && git add .", shell=True, cwd=checkout, check=True)
+    outputs = []
+    for script, *argv in (["train.py", "--limit=2000", "--epochs=1"], ["test.py"]):
+        command = [sys.executable, checkout / script, *argv]
+        result = subprocess.run(command, env=odd, cwd=elsewhere, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.endswith("\nnonsense\n")
+        outputs.append(result.stderr + result.stdout)
+    assert "TRAINING ON GLYPHS INSTEAD" in outputs[0]
+    assert "Glyphs: 1,002 images to train on, 998 for validation" in outputs[0]
+    assert "gr\\xf6\\xdfere \\xdcbung/checkpoints/Glyphs/best.pt, epoch 1" in outputs[1]
+    assert "Test accuracy on Glyphs: " in outputs[1]
+    changed = ["git", "ls-files", "--modified", "--others", "--exclude-standard"]
+    assert subprocess.check_output(changed, cwd=checkout) == b""
     assert not list(elsewhere.iterdir())
-    left = {path.name for name in ("checkpoints", "images") for path in files(checkout / name)}
-    assert left == RUN | {"own.png", "lenet5.html"}  # the page that was there
 
 
-def test_named_data_set_without_a_network_is_an_error(run_script, monkeypatch, tmp_path):
-    for name, value in OFFLINE.items():
-        monkeypatch.setenv(name, value)
-    line = ["--dataset=FashionMNIST", *options(tmp_path, tmp_path / "data")]
-    status, out, err = run_script(train.main, *line)
-    assert (status, out) == (2, "")
-    error = (
-        r"train\.py: error: train-images-idx3-ubyte\.gz is missing and cannot be fetched .*github"
-    )
-    assert re.match(error, err.splitlines()[-1])
-    assert not run_dir(tmp_path, "FashionMNIST").exists()
+@pytest.mark.parametrize("script", ["train.py", "test.py"])
+def test_threads_spin_briefly_unless_the_user_decides_otherwise(tmp_path, script):
+    code = "import os\nprint(os.environ['GOMP_SPINCOUNT'])\nraise SystemExit\n"
+    (tmp_path / "torch.py").write_text(code)  # instead of torch, which reads it when imported
+    env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    env["PYTHONPATH"] = str(tmp_path)
+    for setting, expected in (({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
+        command = [sys.executable, ROOT / script]
+        assert subprocess.check_output(command, env=env | setting, text=True).strip() == expected
 
 
-def test_help_states_the_defaults(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        train.main(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert "None" not in text
-    for default in ("auto", utils.ROOT / "data", "all", "default", 20, 256, 0.05, 0.015, 0.0, 0):
-        assert f"(default: {default})" in text
-    for value in ("epochs: 150", "weight_decay: 0.01", "shift: 1", "label_smoothing: 0.05"):
-        assert value in text
-
-
-@pytest.mark.parametrize("option", ["--checkpoint", "--output-dir"])
-def test_tilde_is_the_home(refused, tmp_path, monkeypatch, option):
-    for name in ("HOME", "USERPROFILE"):
-        monkeypatch.setenv(name, str(tmp_path))
-    assert f"{tmp_path / 'mine'}" in refused(judge.main, option, "~/mine", "--name=none")
-
-
-# --- Bad input ------------------------------------------------------------------------------------
-
-BAD_OPTIONS = {  # the last word is in the message
-    train.main: [
-        *("--epochs 0", "--epochs 2.5", "--epochs 99999999999999999999", "--epoch 3"),
-        *("--batch-size -8", "--batch-size 0", "--lr 0", "--lr nan", "--lr 1e999"),
-        *("--weight-decay -1", "--seed 0x10", "--seed -1", "--limit 0", "--dataset mnist"),
-        *("--recipe best", "--device tpu", "--resume now", "--image shoe.png", "FashionMNIST"),
-        *("--shift -1", "--shift 29", "--label-smoothing 1.5", "--label-smoothing nan"),
-        *("--name ../mine", "--name a/b", "--name .", "--name .hidden"),
-    ],
-    judge.main: [
-        *("--seed 1.5", "--seed -1", "--dataset EMNIST", "--image", "--checkpoint", "--limit 3"),
-    ],
-}
-BAD_LINES = [(main, line) for main, lines in BAD_OPTIONS.items() for line in lines]
-
-
-@pytest.mark.parametrize(("main", "line"), BAD_LINES, ids=lambda value: str(value).split(" at ")[0])
-def test_bad_options_are_refused(refused, tmp_path, main, line):
-    line = [*options(tmp_path, tmp_path), *line.split()]
-    assert line[-1] in refused(main, *line)
-    assert not files(tmp_path)
-
-
-MINE, LONG = Path("mine"), Path("x" * 300)  # the user's file, and a name that no folder can have
-BEST = Path("run", "best.pt")
-BAD_FILES = {
-    "data is a file": (train.main, ["--data-dir", MINE], "is no folder"),
-    "output is a file": (train.main, ["--output-dir", MINE], "is no folder"),
-    "below a file": (train.main, ["--output-dir", MINE / "below"], "cannot write into"),
-    "long folder": (train.main, ["--output-dir", LONG], "name another folder with --output-dir"),
-    "long name": (train.main, ["--name", str(LONG)], "cannot write into"),
-    "other set": (
-        judge.main,
-        ["--dataset=MNIST", "--checkpoint", BEST],
-        "trained on Glyphs, not M",
-    ),
-    "no file": (judge.main, ["--checkpoint", Path("none.pt")], "none.pt: it does not exist"),
-    "a folder": (judge.main, ["--checkpoint", Path()], "is no file"),
-    "no checkpoint": (judge.main, ["--checkpoint", MINE], "mine is damaged, or no file of this"),
-    "no run": (judge.main, [], "no run on Glyphs"),
-}
-
-
-@pytest.mark.parametrize(("main", "line", "message"), BAD_FILES.values(), ids=BAD_FILES)
-def test_bad_folders_and_weights_are_refused(
-    refused, glyphs_run, glyphs_dir, tmp_path, main, line, message
+def test_printed_command_continues_the_run(
+    run_script, no_plots, stop_at, options, finished_run, tmp_path, monkeypatch
 ):
-    (tmp_path / MINE).write_text("mine", encoding="utf-8")
-    (tmp_path / BEST).parent.mkdir()
-    (tmp_path / BEST).write_bytes((run_dir(glyphs_run) / "best.pt").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    stop_at(25)  # in the third epoch of 11 steps
+    status, _, err = run_script(train.main, *SMALL_RUN, *options("the output"))
+    assert status == 130
+    hint = re.fullmatch(r"\nStopped\. Epoch 2 is saved\. To continue: (.* --resume .*)\n", err)
+    subprocess.run(hint[1], shell=True, env=os.environ | OFFLINE, check=True)
+    conftest.assert_same_run(tmp_path / "the output", finished_run)
+
+
+def test_notebook_runs_edited_files(checkout, tmp_path, monkeypatch):
+    nbclient = pytest.importorskip("nbclient", reason="needs nbclient and ipykernel")
+    nbformat = pytest.importorskip("nbformat", reason="needs nbclient and ipykernel").v4
+    pytest.importorskip("ipykernel", reason="needs nbclient and ipykernel")
+    for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    (checkout / "mine.py").touch()
+    run = f"%run train.py {' '.join(TINY_RUN)} --name"
+    edit = "path.write_text(code.replace('= nn.Sigmoid', '= nn.{}'))"
+    cells = [
+        f"import sys, torch, mine, pathlib\npath = pathlib.Path('model.py')\n{run} sigmoid",
+        f"code = path.read_text()\n{edit.format('ReLU')}\n{run} relu",
+        f"{edit.format('NoSuchLayer')}\n{run} fails",
+        f"path.write_text('')\n{run} empty",
+        f"{edit.format('Tanh')}\n{run} tanh",
+        "import utils, model",
+        "print(all(sys.modules[m.__name__] is m for m in (torch, mine, utils, model)))",
+    ]
+    notebook = nbformat.new_notebook(cells=[nbformat.new_code_cell(cell) for cell in cells])
+    place = {"metadata": {"path": checkout}}
+    nbclient.NotebookClient(notebook, timeout=300, allow_errors=True, resources=place).execute()
+    outputs = [output for cell in notebook.cells for output in cell.outputs]
+    errors = [output.ename for output in outputs if output.output_type == "error"]
+    assert errors == ["AttributeError", "ImportError"]
+    assert outputs[-1].text == "True\n"
+    runs = [conftest.checkpoint(checkout, name=name) for name in ("sigmoid", "relu", "tanh")]
+    layers = ("Sigmoid", "ReLU", "Tanh")
+    assert compare.differences(runs) == [f"self.sig = nn.{layer}()" for layer in layers]
+    assert not torch.equal(runs[0]["logits"], runs[1]["logits"])
+
+
+# --- Options and paths ----------------------------------------------------------------------------
+
+
+def test_help_states_all_defaults(run_script, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")  # no line is wrapped
+    shared = ["auto", "its dataset", str(ROOT / "data"), str(ROOT), "auto"]
+    own = "default|20|256|0.05|0.015|1 for digits, 0 for clothes|0.0|0|all".split("|")
+    for main, rest in ((train.main, own), (evaluate.main, ["0"])):
+        status, out, err = run_script(main, "--help")
+        assert (status, err) == (0, "")
+        assert re.findall(r"\(default: (.*?)\)", out) == shared + rest
+
+
+RANGES = "--epochs=0 --batch-size=0 --lr=0 --lr=nan --lr=1e999 --weight-decay=-1 --seed=-1"
+RANGES += " --limit=0 --shift=29 --label-smoothing=1.5"
+BAD_OPTIONS = {  # FLAG and VALUE are those of the option
+    r"argument FLAG: must be from \S+ to \d+, not VALUE \(see python train.py --help\)\n": RANGES,
+    "argument FLAG: invalid choice: 'VALUE'": "--dataset=mnist --recipe=best --device=tpu",
+    "argument FLAG: invalid int value: 'VALUE'": "--epochs=2.5",
+    "unrecognized arguments: FLAG=VALUE": "--epoch=3 --image=a.png",
+    "FLAG: 'VALUE' cannot be a run name": "--name= --name=../a --name=a/b --name=.a --name=-x",
+    "argument FLAG: 'VALUE' cannot be a run name; use": "--name=page --name=/tmp --name=LONG",
+}
+not_root = pytest.mark.skipif(getattr(os, "geteuid", lambda: 0)() == 0, reason="needs a user")
+no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a CPU")
+BAD_INPUT = [  # {} is a directory with a checkpoint of Glyphs, a text file and a locked directory
+    pytest.param(train.main, "--output-dir={}/locked", "Permission denied; choose", marks=not_root),
+    pytest.param(train.main, "--device=auto", r"cuda does .* use --device cpu\n", marks=no_cuda),
+    (evaluate.main, "--checkpoint", "argument --checkpoint: expected one argument"),
+    (train.main, "--data-dir={}/text --dataset=MNIST", "MNIST is missing and cannot be downloaded"),
+    (train.main, "--output-dir={}/text", "Not a directory; choose another --output-dir"),
+    (train.main, "--output-dir={}/text/a/b", "Not a directory; choose another --output-dir"),
+    (train.main, "--output-dir={}/LONG", "File name too long; choose another --output-dir"),
+    (evaluate.main, "--output-dir={}/text", "there is no run on Glyphs in {}/text/checkpoints"),
+    (evaluate.main, "--checkpoint={}/best.pt --dataset=MNIST", "trained on Glyphs, not on MNIST"),
+    (evaluate.main, "--checkpoint={}/none.pt", "cannot read {}/none.pt: No such file or directory"),
+    (evaluate.main, "--checkpoint={}", "cannot read {}: Is a directory"),
+    (evaluate.main, "--checkpoint={}/text", "{}/text is damaged, or was not written by this"),
+    (evaluate.main, "--checkpoint=~/none.pt", "cannot read {}/none.pt: No such file or directory"),
+    (evaluate.main, "--output-dir=~/none", "there is no run on Glyphs in {}/none/checkpoints"),
+]
+for pattern, words in BAD_OPTIONS.items():
+    for word in words.split():
+        flag, _, value = word.partition("=")
+        message = pattern.replace("FLAG", flag).replace("VALUE", re.escape(value))
+        BAD_INPUT.append((train.main, word, message))
+
+
+@posix
+@pytest.mark.parametrize(("main", "option", "message"), BAD_INPUT)
+def test_bad_input_is_one_line_and_writes_nothing(
+    error_of, no_plots, options, finished_run, tmp_path, monkeypatch, main, option, message
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (tmp_path / "locked").mkdir(mode=0o500)
+    shutil.copy(finished_run / "checkpoints" / "Glyphs" / "best.pt", tmp_path)
+    (tmp_path / "text").write_text("text")
     before = files(tmp_path)
-    line = [tmp_path / word if isinstance(word, Path) else word for word in line]
-    assert message in refused(main, *options(tmp_path, glyphs_dir), "--dataset=Glyphs", *line)
+    option = option.replace("{}", str(tmp_path)).replace("LONG", "x" * 300)
+    message = message.replace("{}", re.escape(str(tmp_path))).replace("LONG", "x" * 300)
+    run = TINY_RUN if main is train.main else ["--dataset=Glyphs"]
+    err = error_of(main, *run, *options(tmp_path / "output"), *option.split())
+    assert re.search(message, err)
     assert files(tmp_path) == before
 
 
-def test_folder_without_write_permission_is_refused(start, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # real modes do not stop root
-    with pytest.raises(
-        utils.Error,
-        match=r"cannot write into .*checkpoints.Glyphs: it is read-only; name .*--output-dir",
-    ):
-        start(tmp_path, *TINY)
+def test_image_option_may_be_repeated(run_script, options, tmp_path):
+    pictures = [str(ROOT / "images" / name) for name in ("lenet5.png", "metrics.png")]
+    argv = ["--dataset=MNIST", "--image", pictures[0], "--image", pictures[1]]
+    _, out, _ = run_script(evaluate.main, *options(tmp_path), *argv)
+    assert re.findall(r"^(.*): \d", out, re.MULTILINE) == pictures
+
+
+def test_next_command_works(run_script, no_plots, data_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(data_dir, "my data")
+    argv = ["--name=a b", "--data-dir=my data", f"--output-dir={tmp_path / 'out'}", "--device=cpu"]
+    _, out, _ = run_script(train.main, *TINY_RUN, *argv)
+    words = shlex.split(re.search(r"^Next: +(.*)$", out, re.MULTILINE)[1])
+    assert words[1:4] == [str(ROOT / "test.py"), "--name", "a b"]
+    assert words[4:] == ["--output-dir", "out", "--data-dir", "my data", "--device", "cpu"]
+    status, out, _ = run_script(evaluate.main, *words[2:])
+    assert (status, out.startswith("Weights: out")) == (0, True)
+
+
+# --- Errors, signals and pipes --------------------------------------------------------------------
+
+
+def test_only_programming_errors_have_a_traceback(run_script, error_of, monkeypatch):
+    def raise_in_main(error):
+        monkeypatch.setattr(utils, "choose_device", partial(fail, error))
+
+    raise_in_main(OSError(28, "No space left on device"))
+    assert "No space left on device" in error_of(train.main)
+    raise_in_main(KeyboardInterrupt())
+    assert run_script(train.main) == (130, "", "\nStopped.\n")
+    raise_in_main(ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):
+        run_script(train.main)
+
+
+def test_sigterm_stops_like_ctrl_c(run_script, no_plots, options, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "print_epoch", lambda *args: signal.raise_signal(signal.SIGTERM))
+    original = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        status, _, err = run_script(train.main, *TINY_RUN, "--name=mine", *options(tmp_path))
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, original)
+    assert status == 130
+    assert re.match(r"\nStopped\. Epoch 1 is saved\. To .* --resume --name mine .*\n$", err)
+
+
+def test_script_runs_in_a_thread_and_with_the_stream_of_a_notebook(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # it has no reconfigure either
+    monkeypatch.setattr(sys, "exit", lambda status: print("status", status))
+    thread = threading.Thread(target=utils.run_script, args=(lambda: print("hello"),))
+    thread.start()
+    thread.join()
+    assert sys.stdout.getvalue() == "hello\nstatus 0\n"
+
+
+def close_output():
+    os.close(1)
+    sys.stdout = None
+
+
+def lose_reader():
+    reader, writer = os.pipe()
+    os.close(reader)
+    sys.stdout = os.fdopen(writer, "w")
+
+
+def lose_reader_and_stop():
+    lose_reader()
+    utils.batches = partial(fail, KeyboardInterrupt())
+
+
+STOPPED = "\nStopped. No epoch has been saved yet.\n"
+PICTURE = ["--dataset=FashionMNIST", f"--image={ROOT / 'images' / 'lenet5.png'}"]
+UNREAD = [
+    (close_output, "train.py", TINY_RUN, 0, ""),
+    (lose_reader, "train.py", TINY_RUN, 141, ""),
+    (lose_reader, "test.py", PICTURE, 141, ""),
+    (lose_reader_and_stop, "train.py", TINY_RUN, 130, STOPPED),
+]
+
+
+@posix
+@pytest.mark.parametrize(("prepare", "script", "argv", "status", "err"), UNREAD)
+def test_output_that_nobody_reads(
+    start_process, options, tmp_path, prepare, script, argv, status, err
+):
+    process, log = start_process(script, *argv, *options(tmp_path), prepare=prepare)
+    process.join(120)
+    assert (process.exitcode, log.read_text()) == (status, err)
+    if script == "train.py":
+        assert list(tmp_path.rglob("last.pt")) or err
+
+
+def test_simultaneous_runs_do_not_mix(start_process, options, finished_run, tmp_path):
+    started = []
+    for name in "abcd":
+        argv = [*SMALL_RUN, f"--name={name}", *options(tmp_path / "output")]
+        started.append(start_process("train.py", *argv))
+    for process, log in started:
+        process.join(120)
+        assert process.exitcode == 0, log.read_text()
+    for name in "abcd":
+        for file in ("best.pt", "last.pt"):
+            run = conftest.checkpoint(tmp_path / "output", file, name) | {"name": "Glyphs"}
+            expected = conftest.checkpoint(finished_run, file)
+            assert conftest.comparable(run) == conftest.comparable(expected)
+    assert len(files(tmp_path / "output")) == 4 * 4  # with metrics.csv and metrics.png
+
+
+def test_second_run_with_the_same_name_is_refused(error_of, options, tmp_path):
+    (tmp_path / "checkpoints" / "Glyphs").mkdir(parents=True)
+    with utils.file_lock(tmp_path / "checkpoints" / "Glyphs"):
+        err = error_of(train.main, *TINY_RUN, *options(tmp_path))
+    assert f"another run is using {tmp_path}/checkpoints/Glyphs: choose another --name" in err
+    assert files(tmp_path) == {}
