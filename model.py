@@ -5,7 +5,7 @@ python model.py    print its modules and the number of parameters
 
 from torch import nn
 
-GAINS = {nn.Sigmoid: 4.0, nn.Tanh: 1.0}  # 1 / slope at 0, so that signals keep their size
+GAINS = {nn.Sigmoid: 4.0, nn.Tanh: 1.0}  # 1 / (slope at 0): keeps the scale of signals
 RELU_GAIN = 2**0.5  # for ReLU and its variants; He et al., "Delving deep into rectifiers", 2015
 
 
@@ -36,7 +36,7 @@ class LeNet(nn.Module):
         Source: Glorot and Bengio, "Understanding the difficulty of training deep feedforward
         neural networks", 2010.
         """
-        gain = GAINS.get(type(getattr(self, "sig", None)), RELU_GAIN)  # without sig: as for ReLU
+        gain = GAINS.get(type(getattr(self, "sig", None)), RELU_GAIN)  # if no sig: assume ReLU
         layers = [m for m in self.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
         for layer in layers:
             last = layer is layers[-1]  # no activation follows it

@@ -28,7 +28,7 @@ def parse_args(argv):
         "--seed",
         type=utils.number_type(int, 0),
         default=0,
-        help="seed for the 64 random images",
+        help="seed for picking 64 images",
     )
     text = "classify these pictures, or those in these directories, instead of the test set"
     add("--image", type=utils.expand_path, nargs="+", action="extend", help=text)
@@ -77,7 +77,7 @@ def main(argv=None):
     confusion = confusion_matrix(labels, logits.argmax(dim=1), num_classes)
     plots.draw_confusion(run, confusion, directory / "confusion.png")
     print(f"Pictures: {shown(directory)}")
-    model.cpu()  # the pictures below process one image at a time
+    model.cpu()  # below, the network runs on one image at a time
     try:
         features.draw(run, model, images, labels, sample[0].item(), directory / "features.png")
         network = page.describe_network(run, model, images, labels, logits)
@@ -107,9 +107,9 @@ def print_report(run, labels, logits, sample):
     confusion = confusion_matrix(labels, predicted, len(classes))
     print(f"{'True class':<13}{'Accuracy':>18}   Most often confused with")
     for label, row in enumerate(confusion):
-        num_correct, members = row[label].item(), row.sum().item()
+        num_correct, total = row[label].item(), row.sum().item()
         errors = row.index_fill(0, torch.tensor(label), 0)
-        accuracy = f"{num_correct / max(members, 1):.1%} ({num_correct}/{members})"
+        accuracy = f"{num_correct / max(total, 1):.1%} ({num_correct}/{total})"
         other = f"{classes[errors.argmax()]} ({errors.max()})" if errors.any() else "-"
         print(f"{classes[label]:<13}{accuracy:>18}   {other}")
 

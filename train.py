@@ -149,7 +149,7 @@ def make_optimizers(model, lr, weight_decay):
     matrices = [p for p in trainable if p.ndim > 1]
     vectors = [p for p in trainable if p.ndim <= 1]
     hidden, output = matrices[:-1], matrices[-1:]
-    muon = Muon([{"params": hidden}], lr, weight_decay=weight_decay)  # hidden may be empty
+    muon = Muon([{"params": hidden}], lr, weight_decay=weight_decay)  # the group may be empty
     adamw = torch.optim.AdamW(
         [{"params": vectors + output}], lr / 2, weight_decay=2 * weight_decay, fused=True
     )
@@ -219,9 +219,9 @@ def train_epoch(run, model, optimizers, train_set, epoch):
     epoch_steps = len(utils.batch_slices(len(labels), options["batch_size"]))
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     totals = torch.zeros(2, device=labels.device)  # reading it at every step would stall a GPU
-    progress = tqdm(batches, total=epoch_steps, file=sys.stdout, disable=None, leave=False)
+    bar = tqdm(batches, total=epoch_steps, file=sys.stdout, disable=None, leave=False)
     model.train()
-    for step, (x, y) in enumerate(progress, start=(epoch - 1) * epoch_steps):
+    for step, (x, y) in enumerate(bar, start=(epoch - 1) * epoch_steps):
         factor = one_cycle(step / (options["epochs"] * epoch_steps))
         for group in groups:
             group["lr"] = factor * group.setdefault("initial_lr", group["lr"])  # as torch does
@@ -245,7 +245,7 @@ def loss_and_correct(logits, labels):
 def save_epoch(args, run, model, optimizers, row):
     """Append `row` to the history of `run`, and save the run and its metrics.
 
-    best.pt is written first and can be resumed, so a crash between the two loses nothing.
+    best.pt is written before last.pt and can be resumed: a crash in between loses nothing.
     """
     updated = run | {"epoch": row["epoch"], "history": [*run["history"], row]}
     updated["model"] = portable_weights(model)
@@ -310,7 +310,7 @@ def print_start(args, run, model):
     probabilities = utils.probabilities(logits)
     if any(torch.allclose(logits, p, atol=1e-4) for p in (probabilities, probabilities.log())):
         text = "forward in model.py ends in a softmax, which the loss applies again: remove it"
-        print(f"Warning: {text}", file=sys.stderr)  # or in a log_softmax
+        print(f"Warning: {text}", file=sys.stderr)  # a log_softmax, too
     best = output_path(args, run, "best.pt")
     epoch, epochs = len(run["history"]), run["options"]["epochs"]
     if epoch == epochs:
@@ -366,7 +366,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args, options = parse_args(argv)
     device = utils.choose_device(args.device)
-    torch.empty(31 * 2**20, dtype=torch.uint8)  # makes glibc reuse freed memory: steps 25% faster
+    torch.empty(31 * 2**20, dtype=torch.uint8)  # raises glibc's mmap threshold: steps 25% faster
     if args.resume:
         path, run = utils.newest_checkpoint(args, resume=True)
         check_resume_options(argv, run, path)
@@ -392,7 +392,7 @@ def main(argv=None):
 def choose_images(run, images, labels, device):
     """Split the images according to --full and --limit, and move them to `device`.
 
-    Store their counts and the mean and standard deviation of the pixels in `run`.
+    Store in `run` their counts, and the mean and standard deviation of the whole train split.
 
     Returns:
         (images, labels) for training, and (images, labels) for validation or None.
@@ -412,13 +412,13 @@ def prepare_model(run, path, device):
     """Make the network and its optimizers, and restore them if `run` was read from `path`."""
     options = run["options"]
     num_classes = len(DATASETS[run["dataset"]].classes)
-    reloaded = utils.to_device(LeNet(num_classes), num_classes, torch.device("cpu"))  # any seed
+    reloaded = utils.to_device(LeNet(num_classes), num_classes, torch.device("cpu"))  # not seeded
     torch.manual_seed(options["seed"])
     model = utils.to_device(LeNet(num_classes), num_classes, device)
     reloaded.load_state_dict(model.state_dict())
     if not utils.same_logits(utils.fixed_image_logits(reloaded), utils.fixed_image_logits(model)):
         raise Error(
-            "model.py returns different logits for equal weights (or NaN), so a checkpoint cannot "
+            "model.py returns NaN, or different logits for equal weights, so a checkpoint cannot "
             "restore it: pass training=self.training to F.dropout, and use register_buffer"
         )
     optimizers = make_optimizers(model, options["lr"], options["weight_decay"])
@@ -437,7 +437,7 @@ def restore(path, run, model, optimizers):
     if "optimizers" not in run:
         raise Error(f"{shown(path)} contains only weights and cannot be resumed")
     message = f"{shown(path)} cannot be resumed: the parameters in model.py or their order changed"
-    if list(run["model"]) != list(model.state_dict()):  # optimizers know only positions
+    if list(run["model"]) != list(model.state_dict()):  # optimizer states have no names
         raise Error(message)
     with utils.errors_as(message, RuntimeError, ValueError):
         for optimizer, state in zip(optimizers, run["optimizers"]):

@@ -76,7 +76,7 @@ class Parser(argparse.ArgumentParser):
     def add_shared_options(self):
         """Add the options that train.py and test.py have in common."""
         add = self.add_argument
-        add("--name", type=run_name, help="name of a new run (default: its dataset) or a saved one")
+        add("--name", type=run_name, help="name of the run (default for a new run: its dataset)")
         add("--data-dir", type=expand_path, default=ROOT / "data", help="directory of the datasets")
         text = "directory for the results, which go to checkpoints/NAME and images/NAME in it"
         add("--output-dir", type=expand_path, default=ROOT, help=text)
@@ -101,7 +101,7 @@ def number_type(kind, low, high=2**32 - 1):
 
 
 def expand_path(text):
-    """Convert an argument to a path, with ~ for the home directory."""
+    """Convert an argument to a path, and expand ~."""
     with errors_as(f"{text}: REASON", RuntimeError):  # the home directory is unknown
         return Path(text).expanduser()
 
@@ -194,7 +194,7 @@ def locked(args, run):
     Raises:
         Error: another run is using it, or it is not writable.
     """
-    directory, pictures = [output_path(args, run, name).parent for name in ("last.pt", "a.png")]
+    directory, pictures = [output_path(args, run, name).parent for name in ("*.pt", "*.png")]
     message = f"cannot write to {shown(directory)}: REASON; choose another --output-dir"
     with errors_as(message, OSError):
         directory.mkdir(parents=True, exist_ok=True)
@@ -258,7 +258,7 @@ CACHE_VERSION = 2  # increase it when the images change, so that old caches are 
 
 
 def load_images(dataset, data_dir, split):
-    """Load one split from its cache. If there is none, read or draw the images and cache them.
+    """Load one split from its cache, or else read it (Glyphs: draw it), and cache it.
 
     Args:
         dataset: a key of DATASETS.
@@ -509,7 +509,7 @@ def to_device(model, num_classes, device):
     if getattr(logits, "shape", None) != (2, num_classes):
         raise Error(f"forward in model.py must return one tensor of logits, N x {num_classes}")
     try:
-        model.to(memory_format=torch.channels_last)(images)  # fails in Tensor.view
+        model.to(memory_format=torch.channels_last)(images)  # Tensor.view can fail
     except RuntimeError:
         model.to(memory_format=torch.contiguous_format)
     return model
@@ -557,7 +557,7 @@ def load(path):
     with errors_as(f"cannot read {shown(path)}: REASON", OSError):
         data = io.BytesIO(Path(path).read_bytes())
     message = f"{shown(path)} is damaged, or was not written by this project"
-    with errors_as(message, Exception):  # foreign files raise anything
+    with errors_as(message, Exception):  # torch.load raises many types
         if zipfile.ZipFile(data).testzip():  # torch.load does not verify the checksums
             raise zipfile.BadZipFile
         data.seek(0)
@@ -567,7 +567,7 @@ def load(path):
 def load_checkpoint(path):
     """Read a checkpoint: a dict, called a run, with these keys.
 
-    version, name, dataset: a key of DATASETS; options: those of train.py; counts: of training and
+    version; name; dataset: a key of DATASETS; options: those of train.py; counts: of training and
     validation images; mean, std: of the pixels; history: one row of METRICS per epoch; epoch: of
     these weights; model: their state dict; logits: for a fixed image; code: source of the class;
     snapshots: earlier weights; optimizers, rng_state: states to resume.
@@ -596,7 +596,7 @@ def newest_checkpoint(args, resume=False):
 
     Raises:
         Unavailable: no run matches.
-        Error: the run cannot be read, and either it was named or it is to be resumed.
+        Error: a run cannot be read; without --name or `resume`, it is skipped.
     """
 
     def modified(best):
@@ -640,8 +640,8 @@ def fixed_image():
 def fixed_image_logits(model):
     """Compute the logits of `model` for a fixed image, to detect a changed network."""
     device = next(model.parameters()).device
-    model.eval()(fixed_image().to(device))  # deepcopy rejects stored tensors with a graph
-    return copy.deepcopy(model).cpu()(fixed_image())  # as devices round differently
+    model.eval()(fixed_image().to(device))  # drops stored autograd graphs, for deepcopy
+    return copy.deepcopy(model).cpu()(fixed_image())  # devices round differently
 
 
 def same_logits(logits, expected):
@@ -670,8 +670,8 @@ def statements(code):
 def first_change(old, new):
     """Describe the first place where two versions of a class differ, or return ""."""
     old, new = statements(old), statements(new)
-    for tag, i, j, k, m in difflib.SequenceMatcher(None, old, new, False).get_opcodes():
-        if tag != "equal":
+    for tag, i, j, k, m in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        if tag != "equal" and old and new:  # both are available
             texts = [textwrap.shorten(" ".join(lines), 100) for lines in (old[i:j], new[k:m])]
             removed, added = [f"`{text}`" if text else "nothing" for text in texts]
             return f"its class has {removed} where model.py has {added}"

@@ -1,351 +1,250 @@
-"""Checkpoints: atomic writes, damaged and foreign files, resuming, kills, full disks, locks."""
+"""Checkpoints: damaged and foreign files, selection, resuming, kills, full disks and locks."""
 
+import contextlib
 import errno
 import functools
-import importlib.util
+import importlib
+import itertools
 import os
-import pickle
 import random
-import shlex
+import re
 import shutil
 import signal
 import sys
 
 import pytest
 import torch
-from conftest import (
-    ROOT,
-    SMALL_RUN,
-    assert_same_run,
-    checkpoint,
-    comparable,
-    evaluate,
-    files,
-    posix,
-)
+from conftest import ROOT, SMALL_RUN, assert_same_run, comparable, evaluate, files
 
 import train
 import utils
+from model import LeNet
 
-TINY_RUN = ["--dataset=Glyphs", "--limit=300", "--epochs=3", "--batch-size=100"]
-OTHER_RUN = [*SMALL_RUN, "--epochs=2", "--seed=1"]
+TINY_RUN = ["--dataset=Glyphs", "--limit=100", "--epochs=9", "--batch-size=50"]  # 2 steps an epoch
+BEST, LAST = "checkpoints/Glyphs/best.pt", "checkpoints/Glyphs/last.pt"
 pytestmark = pytest.mark.usefixtures("no_plots")
-
-
-@pytest.fixture(scope="module")
-def other_run(tmp_path_factory, options):
-    directory = tmp_path_factory.mktemp("other")
-    train.main([*OTHER_RUN, *options(directory)])
-    return directory
 
 
 @pytest.fixture
 def run(tmp_path, finished_run):
-    """A copy of the finished run, which may be changed."""
+    """The output directory of a finished run, which may be changed."""
     return shutil.copytree(finished_run, tmp_path / "run")
 
 
-def resume(directory, options, *argv):
-    train.main(["--resume", *options(directory), *argv])
-
-
-def change(path, **changes):
-    utils.save(utils.load(path) | changes, path)
-
-
-def fail_at(number, code, function, calls):
-    """Count the calls, and let one of them fail."""
-
-    def replacement(*args):
-        calls.append(args)
-        if len(calls) == number:
-            raise OSError(code, os.strerror(code))
-        return function(*args)
-
-    return replacement
-
-
-# --- Files ----------------------------------------------------------------------------------------
-
-
-def test_file_is_written_completely_before_it_replaces_the_old_one(tmp_path, monkeypatch):
-    path, seen = tmp_path / "file", []
+def test_file_is_on_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
+    path, link, names, seen = tmp_path / "file", tmp_path / "link", set(), []
 
     def fsync(descriptor):
         (temporary,) = tmp_path.glob("*.tmp")
-        seen.append((temporary.name, os.fstat(descriptor).st_size, path.read_bytes()))
-        if len(seen) == 3:
-            raise OSError(errno.ENOSPC, "No space left on device")
+        names.add(temporary.name)
+        seen.append((os.fstat(descriptor).st_size, path.read_bytes()))
 
     path.write_bytes(b"old")
+    link.symlink_to(path)
     monkeypatch.setattr(os, "fsync", fsync)
     for content in (b"first", b"second"):
         random.seed(0)
-        utils.write_file(path, content)
-    with pytest.raises(utils.Error, match=r"^cannot write .*file: No space left on device$"):
-        utils.write_file(path, b"third")
-    assert [(size, old) for _, size, old in seen] == [(5, b"old"), (6, b"first"), (5, b"second")]
-    assert files(tmp_path) == {path.relative_to(tmp_path): b"second"}
-    assert len({name for name, _, _ in seen}) == 3  # containers may share a directory and a pid
+        utils.write_file(link, content)
+    assert len(names) == 2  # processes in two containers may have the same id
+    assert seen == [(5, b"old"), (6, b"first")]
+    assert (link.is_symlink(), path.read_bytes()) == (True, b"second")
 
 
-@posix
-def test_link_stays_a_link(tmp_path):
-    (tmp_path / "link").symlink_to(tmp_path / "target")
-    utils.write_file(tmp_path / "link", b"content")
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "target").read_bytes() == b"content"
-
-
-def test_unwritable_directory_is_an_error(tmp_path, options, error_of):
-    (tmp_path / "checkpoints").write_text("a file")
-    error = error_of(train.main, *SMALL_RUN, *options(tmp_path))
-    assert "cannot write to" in error
-    assert "choose another --output-dir" in error
-
-
-def test_damage_is_noticed_or_has_no_effect(run):
-    path = run / "checkpoints" / "Glyphs" / "best.pt"
-    content, rng = path.read_bytes(), random.Random(0)
-    expected = comparable(utils.load_checkpoint(path))
-    for end in range(0, len(content), len(content) // 10):
-        path.write_bytes(content[:end])
-        with pytest.raises(utils.Error, match=r"best\.pt is damaged, or was not written by"):
-            utils.load_checkpoint(path)
-    for _ in range(30):
-        damaged = bytearray(content)
-        damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-        path.write_bytes(damaged)
-        try:
-            assert comparable(utils.load_checkpoint(path)) == expected
-        except utils.Error as error:
-            assert "best.pt" in str(error)
-
-
-class Attack(str):
-    """The path of a file that is created when this is unpickled carelessly."""
-
+class Attack:
     def __reduce__(self):
-        return open, (str(self), "w")
+        return pytest.fail, ("code in the file was executed",)
 
 
 def test_code_in_a_file_is_never_executed(tmp_path):
-    path, trap = tmp_path / "best.pt", tmp_path / "trap"
-    torch.save({"model": Attack(trap)}, path, _use_new_zipfile_serialization=False)
-    contents = [path.read_bytes(), pickle.dumps(Attack(trap))]
-    utils.save({"model": Attack(trap)}, path)
-    for content in [*contents, path.read_bytes()]:
-        path.write_bytes(content)
+    for zipped in (False, True):
+        torch.save(Attack(), tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
         with pytest.raises(utils.Error, match="is damaged, or was not written by this project"):
-            utils.load_checkpoint(path)
-    assert not trap.exists()
-    torch.load(path, weights_only=False)
-    assert trap.exists()  # the attack works
+            utils.load(tmp_path / "a.pt")
 
 
-def test_files_that_are_not_checkpoints_are_rejected(tmp_path, run, options, error_of):
-    def error(path):
-        return error_of(evaluate.main, f"--checkpoint={path}", *options(tmp_path))
+def test_damaged_and_foreign_files_are_rejected(run, options, error_of):
+    path, rng = run / BEST, random.Random(0)
+    data, good = path.read_bytes(), utils.load(path)
 
-    path = run / "checkpoints" / "Glyphs" / "best.pt"
-    good = utils.load(path)
-    assert "cannot read" in error(tmp_path / "missing.pt")
-    assert "cannot read" in error(tmp_path)
+    def error():
+        return error_of(evaluate.main, f"--checkpoint={path}", *options(run))
+
+    for content in (data[:-1], data[: len(data) // 2], b"", b"text\n"):
+        path.write_bytes(content)
+        assert "is damaged, or was not written by this project" in error()
     for content in ([1, 2], {}, good["model"], good | {"version": 3}, {"format": 3}):
         utils.save(content, path)
-        assert "not a checkpoint of this version of train.py: train again, or use" in error(path)
+        assert "not a checkpoint of this version of train.py: train again, or use" in error()
     utils.save(good | {"dataset": "Letters"}, path)
-    assert "trained on Letters, which is not in DATASETS" in error(path)
+    assert "was trained on Letters, which is not in DATASETS" in error()
     utils.save(good | {"name": "../../home"}, path)
-    assert "has an invalid name" in error(path)
-    path.write_text("text")
-    assert "is damaged" in error(path)
-
-
-# --- Selection ------------------------------------------------------------------------------------
+    assert "has an invalid name: '../../home'" in error()
+    for _ in range(30):  # a flipped bit is noticed or has no effect
+        damaged = bytearray(data)
+        damaged[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        with contextlib.suppress(utils.Error):
+            assert comparable(utils.load(path)) == comparable(good)
+    path.unlink()
+    assert "cannot read" in error()
+    path.mkdir()
+    assert "cannot read" in error()
 
 
 def test_best_epoch_is_the_first_of_equal_ones_or_the_last_without_validation():
-    history = [{"epoch": i, "val_accuracy": value} for i, value in enumerate([0.1, 0.3, 0.3, 0.2])]
-    assert utils.best_row(history)["epoch"] == 1
-    assert utils.best_row([{"epoch": 1}, {"epoch": 2}])["epoch"] == 2
+    history = [{"val_accuracy": 0.1}, {"val_accuracy": 0.3, "epoch": 2}, {"val_accuracy": 0.3}]
+    assert utils.best_row(history) is history[1]
+    assert utils.best_row([{"epoch": 1}, {"epoch": 2}]) == {"epoch": 2}
 
 
 def test_newest_matching_run_is_selected(run, capsys):
-    def select(*argv, main=evaluate):
-        args = main.parse_args([f"--output-dir={run}", *argv])
-        args = args[0] if main is train else args
-        path, found = utils.newest_checkpoint(args, resume=main is train)
-        return path.relative_to(checkpoints), found["name"]
+    def select(*argv, resume=False):
+        args = evaluate.parse_args([f"--output-dir={run}", *argv])
+        return utils.newest_checkpoint(args, resume)[1]["name"]
 
-    checkpoints = run / "checkpoints"
-    for name in ("old", "new", "mnist"):
-        shutil.copytree(checkpoints / "Glyphs", checkpoints / name)  # as if renamed
-    shutil.rmtree(checkpoints / "Glyphs")
-    change(checkpoints / "mnist" / "best.pt", dataset="MNIST")
-    times = {"old": (5, 1), "new": (2, 9), "mnist": (4, 4)}  # of best.pt and last.pt
-    for name, (best, last) in times.items():
-        os.utime(checkpoints / name / "best.pt", (best, best))
-        os.utime(checkpoints / name / "last.pt", (last, last))
-    best, last = [[checkpoints / name / file for name in times] for file in ("best.pt", "last.pt")]
-    new = last[1].relative_to(checkpoints)
-    assert select() == (new.with_name("best.pt"), "new")
-    assert select(main=train) == (new, "new")
-    assert select("--name=old")[1] == "old"
-    assert select("--dataset=MNIST")[1] == "mnist"
-    with pytest.raises(utils.Unavailable, match=r"^there is no run named old on MNIST in .*: start"):
+    old, new = run / "checkpoints" / "old", run / "checkpoints" / "new"
+    shutil.copytree(run / "checkpoints" / "Glyphs", old)
+    (run / "checkpoints" / "Glyphs").rename(new)
+    times = {old / "best.pt": 5, old / "last.pt": 1, new / "best.pt": 2, new / "last.pt": 9}
+    for path, time in times.items():
+        os.utime(path, (time, time))
+    assert [select(), select(resume=True), select("--name=old")] == ["new", "new", "old"]
+    with pytest.raises(utils.Unavailable, match="^there is no run named old on MNIST in "):
         select("--name=old", "--dataset=MNIST")
-    best[1].write_text("text")
-    os.utime(best[1], (9, 9))
-    assert select()[1] == "old"
-    assert "new/best.pt is damaged" in capsys.readouterr().err
-    for argv, main in ((["--name=new"], evaluate), ([], train)):
-        with pytest.raises(utils.Error, match="new/best.pt is damaged"):
-            select(*argv, main=main)
+    (new / "best.pt").write_text("text")
+    assert select() == "old"
+    assert re.match(r"Warning: .*new/best.pt is damaged.*; skipping it\n", capsys.readouterr().err)
+    for argv, resume in ((["--name=new"], False), ([], True)):
+        with pytest.raises(utils.Error, match=r"new/best\.pt is damaged"):
+            select(*argv, resume=resume)
 
 
-# --- Changed networks -----------------------------------------------------------------------------
+def test_only_weights_of_the_same_network_are_loaded(tmp_path, run, monkeypatch):
+    def edited(old, new):
+        """Make LeNet from a copy of model.py in which `old` is replaced."""
+        name = f"{tmp_path.name}_{len(list(tmp_path.glob('*.py')))}"
+        text = (ROOT / "model.py").read_text(encoding="utf-8").replace(old, new)
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+        importlib.invalidate_caches()
+        return importlib.import_module(name).LeNet().to(memory_format=torch.channels_last)
 
-
-@pytest.fixture
-def edited(tmp_path, monkeypatch):
-    """Return LeNet from a copy of model.py in which texts were replaced."""
-
-    def edited(*replacements):
-        path = tmp_path / f"edited{len(list(tmp_path.glob('edited*.py')))}.py"
-        text = (ROOT / "model.py").read_text(encoding="utf-8")
-        for old, new in replacements:
-            assert old in text
-            text = text.replace(old, new)
-        path.write_text(text, encoding="utf-8")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, path.stem, module)
-        spec.loader.exec_module(module)
-        return module.LeNet
-
-    return edited
-
-
-def test_weights_of_another_network_are_rejected(run, edited):
-    path = run / "checkpoints" / "Glyphs" / "best.pt"
-    saved = utils.load(path)
-    tanh, small = edited(("nn.Sigmoid()", "nn.Tanh()")), edited(("84", "80"))
-    nan = saved | {"logits": saved["logits"] * float("nan")}
-    for network, content, reason in (
-        (tanh, saved, "`self.sig = nn.Sigmoid()` where model.py has `self.sig = nn.Tanh()`"),
-        (tanh, saved | {"code": ""}, "its logits for a fixed image differ"),
-        (small, saved, "`self.f6 = nn.Linear(120, 84) self.f7 = nn.Linear(84, num_classes)`"),
-        (small, saved | {"code": ""}, "size mismatch for f6.weight"),
-        (edited(), nan, "its logits for a fixed image differ"),
+    monkeypatch.syspath_prepend(tmp_path)
+    saved = utils.load(run / BEST)
+    small = {"model": saved["model"] | {"f6.weight": torch.zeros(80, 120)}}
+    nan = {"logits": saved["logits"] * float("nan")}
+    activation = "`self.sig = nn.Sigmoid()` where model.py has `self.sig = nn.Tanh()`"
+    for model, changes, reason in (
+        (edited("nn.Sigmoid()", "nn.Tanh()"), {}, f"different network: its class has {activation}"),
+        (edited("84", "80"), {}, "its class has `self.f6 = nn.Linear(120, 84) "),
+        (LeNet(), small, "size mismatch for f6.weight"),
+        (LeNet(), nan, "its logits for a fixed image differ"),
     ):
-        with pytest.raises(utils.Error, match="was trained with a different network: ") as error:
-            utils.load_weights(path, content, network())
-        assert reason in str(error.value)
-    same = edited(("LeNet-5 for", "Not LeNet-5 for"), ("  # N x 84\n", "  # a comment\n\n"))
-    for layout in (torch.channels_last, torch.contiguous_format):
-        utils.load_weights(path, saved, same().to(memory_format=layout))
+        with pytest.raises(utils.Error, match=re.escape(reason)):
+            utils.load_weights(run / BEST, saved | changes, model)
+    utils.load_weights(run / BEST, saved, edited("LeNet-5 for", "A net for"))  # only a docstring
+    utils.load_weights(run / BEST, saved, LeNet())
 
 
-# --- Resuming -------------------------------------------------------------------------------------
-
-
+@pytest.mark.parametrize("option", ["--recipe=default", "--recipe=long", "--full"])
 @pytest.mark.parametrize("epoch", [1, 2, 4])
-def test_resumed_run_is_bit_identical(tmp_path, finished_run, options, stop_at, epoch):
-    stop_at(15 * epoch - 7)  # in the middle of the epoch
-    saved = f"Epoch {epoch - 1} is saved" if epoch > 1 else "No epoch has been saved yet"
-    with pytest.raises(KeyboardInterrupt, match=saved):
-        train.main([*SMALL_RUN, *options(tmp_path)])
+def test_resumed_run_is_bit_identical(tmp_path, options, stop_at, option, epoch):
+    argv = [*TINY_RUN, "--epochs=4", option]
+    hint = rf"Epoch {epoch - 1} is saved\. To continue: .*train\.py --resume"
+    stop_at(2 * epoch)  # the last step of the epoch
+    with pytest.raises(KeyboardInterrupt, match=hint if epoch > 1 else "No epoch has been saved"):
+        train.main([*argv, *options(tmp_path / "stopped")])
     if epoch == 1:
-        with pytest.raises(utils.Unavailable, match="there is no run in"):
-            resume(tmp_path, options)
         return
-    resume(tmp_path, options)
-    assert_same_run(tmp_path, finished_run)
-
-
-@pytest.mark.parametrize("option", ["--recipe=long", "--full"])
-def test_every_recipe_can_be_resumed(tmp_path, options, stop_at, option):
-    train.main([*TINY_RUN, option, *options(tmp_path / "straight")])
-    stop_at(5)
-    with pytest.raises(KeyboardInterrupt):
-        train.main([*TINY_RUN, option, *options(tmp_path / "stopped")])
-    resume(tmp_path / "stopped", options)
+    train.main(["--resume", *options(tmp_path / "stopped")])
+    train.main([*argv, *options(tmp_path / "straight")])
     assert_same_run(tmp_path / "straight", tmp_path / "stopped")
 
 
-def test_resume_of_a_finished_run_changes_nothing_and_rejects_other_options(run, options, capsys):
+def test_resume_of_a_finished_run_changes_nothing_and_rejects_options(run, options, capsys):
     before = files(run)
-    (run / "checkpoints" / "Glyphs" / "last.pt.0.tmp").touch()  # of a killed run
-    (run / "images" / "Glyphs" / "metrics.csv.0.tmp").touch()
-    resume(run, options, *SMALL_RUN)
+    (run / f"{BEST}.0.tmp").touch()  # of a killed run
+    train.main(["--resume", *SMALL_RUN, *options(run)])
     assert "already finished after 4 epochs" in capsys.readouterr().out
-    changed = "--recipe=long --epochs=5 --batch-size=7 --lr=0.5 --weight-decay=0 --shift=2 "
-    changed += "--label-smoothing=0.1 --seed=3 --limit=77 --full"
-    for option in changed.split():
+    changes = "--recipe=long --epochs=5 --batch-size=7 --lr=0.5 --weight-decay=0 --shift=2 "
+    changes += "--label-smoothing=0.1 --seed=3 --limit=77 --full"
+    for option in changes.split():
         with pytest.raises(utils.Error, match=f"^{option.split('=')[0]} differs from .*last.pt"):
-            resume(run, options, option)
+            train.main(["--resume", option, *options(run)])
     assert files(run) == before
 
 
-def test_what_cannot_continue_a_run_is_rejected(tmp_path, options, edited, stop_at, monkeypatch):
-    a, b = "\n        self.a = nn.Linear(84, 84)", "\n        self.b = nn.Linear(84, 84)"
-    flatten, f7 = "self.flatten = nn.Flatten()", ("self.f7(x)", "self.f7(self.a(x) - self.b(x))")
-    monkeypatch.setattr(train, "LeNet", edited((flatten, flatten + a + b), f7))
-    stop_at(5)
-    with pytest.raises(KeyboardInterrupt):
-        train.main([*TINY_RUN, *options(tmp_path)])
-    monkeypatch.setattr(train, "LeNet", edited((flatten, flatten + b + a), f7))
-    with pytest.raises(utils.Error, match="the parameters in model.py or their order changed"):
-        resume(tmp_path, options)
-    path = tmp_path / "checkpoints" / "Glyphs" / "last.pt"
-    weights = utils.load(path)
-    del weights["optimizers"]
-    utils.save(weights, path)
+def test_layers_in_another_order_and_bare_weights_cannot_be_resumed(stopped_run, options):
+    last = utils.load(stopped_run / LAST)
+    utils.save(last | {"model": dict(reversed(last["model"].items()))}, stopped_run / LAST)
+    with pytest.raises(utils.Error, match=r"the parameters in model\.py or their order changed"):
+        train.main(["--resume", *options(stopped_run)])
+    del last["optimizers"]
+    utils.save(last, stopped_run / LAST)
     with pytest.raises(utils.Error, match="contains only weights and cannot be resumed"):
-        resume(tmp_path, options)
+        train.main(["--resume", *options(stopped_run)])
 
 
-# --- Kills and full disks -------------------------------------------------------------------------
+def die_at(number):
+    """Kill this process when it opens or renames a temporary file for the `number`th time."""
+    operations = itertools.count(1)
+
+    def audit(event, arguments):
+        temporary = event in ("open", "os.rename") and str(arguments[0]).endswith(".tmp")
+        if temporary and next(operations) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(audit)
+    train.plot_metrics = lambda *args: None
 
 
-def kill_at(directory, number):
-    """Kill this process at a file operation in `directory`, counted from 1."""
-    count = [0]
-
-    def operation(event, arguments):
-        if event == "os.fsync" or (
-            event in ("open", "os.rename", "os.remove") and str(directory) in str(arguments[0])
-        ):
-            count[0] += 1
-            if count[0] == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    fsync = os.fsync
-    os.fsync = lambda descriptor: (fsync(descriptor), operation("os.fsync", ()))
-    sys.addaudithook(operation)
+def test_killed_run_is_bit_identical(tmp_path, run, start_process, options):
+    """It replaces another run. The first kills are before and after each file of epoch 1."""
+    train.main([*TINY_RUN, *options(tmp_path / "straight")])
+    for number in (1, 2, 3, 2, 4, 6, 8, 5, 0):
+        replaced = utils.load_checkpoint(run / BEST)["options"]["limit"] == 100
+        argv = ["--resume"] if replaced else TINY_RUN
+        prepare = functools.partial(die_at, number)
+        process, log = start_process("train.py", *argv, *options(run), prepare=prepare)
+        process.join(120)
+        expected = -signal.SIGKILL if number else 0
+        assert process.exitcode == expected, log.read_text(encoding="utf-8")
+    assert_same_run(run, tmp_path / "straight")
+    assert not list(run.rglob("*.tmp"))
 
 
-def run_process(start_process, argv, prepare=None):
-    process, log = start_process("train.py", *argv, prepare=prepare)
-    process.join(120)
-    assert process.exitcode in (0, -signal.SIGKILL), log.read_text(encoding="utf-8")
-    return process.exitcode == 0
+@pytest.mark.parametrize("write", [1, 2, 4])  # of best.pt, last.pt, and a file of epoch 2
+def test_full_disk_costs_one_epoch(tmp_path, run, options, monkeypatch, finished_run, write):
+    fsync, writes = os.fsync, itertools.count(1)
+
+    def full(descriptor):
+        if next(writes) == write:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    train.main([*TINY_RUN, *options(tmp_path / "straight")])
+    monkeypatch.setattr(os, "fsync", full)
+    hint = "Epoch 1 is saved. To continue: .* --resume" if write > 1 else "No epoch has been"
+    with pytest.raises(utils.Error, match=rf"^cannot write .*: No space left on device\. {hint}"):
+        train.main([*TINY_RUN, *options(run)])
+    assert not list(run.rglob("*.tmp"))
+    train.main(["--resume", *options(run)])
+    assert_same_run(run, tmp_path / "straight" if write > 1 else finished_run)
 
 
-def test_run_that_is_killed_again_and_again_is_bit_identical(
-    tmp_path, finished_run, start_process, options
-):
-    rng, kills = random.Random(0), 0
-    best = tmp_path / "checkpoints" / "Glyphs" / "best.pt"
-    while kills < 8:
-        argv = ["--resume"] if best.exists() else SMALL_RUN
-        prepare = functools.partial(kill_at, tmp_path / "checkpoints", rng.randint(3, 25))
-        finished = run_process(start_process, [*argv, *options(tmp_path)], prepare)
-        kills += not finished
-        if finished:
-            assert_same_run(tmp_path, finished_run)
-            shutil.rmtree(tmp_path / "checkpoints")
-    assert run_process(start_process, ["--resume", *options(tmp_path)])
-    assert_same_run(tmp_path, finished_run)
-    assert not list(tmp_path.rglob("*.tmp"))
+def test_second_run_in_the_same_directory_is_refused(run, options, error_of):
+    before = files(run)
+    assert "choose another --output-dir" in error_of(train.main, *TINY_RUN, *options(run / BEST))
+    with utils.locked(evaluate.parse_args(options(run)), {"name": "Glyphs"}):
+        for argv in (TINY_RUN, ["--resume"]):
+            assert "another run is using" in error_of(train.main, *argv, *options(run))
+        assert files(run) == before
+        train.main([*TINY_RUN, "--name=other", *options(run)])
+
+
+def test_file_system_without_locks_is_a_warning(tmp_path, options, monkeypatch, capsys):
+    def flock(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", flock)
+    train.main([*TINY_RUN, *options(tmp_path)])
+    assert re.fullmatch("Warning: .*Glyphs cannot be locked\n", capsys.readouterr().err)

@@ -52,9 +52,9 @@ def test_result_tables_agree_with_the_single_results():
         assert [row["seed"] for row in rows] == list(range(len(rows)))
     assert {row["recipe"] for rows in groups.values() for row in rows} == set(measure.LABELS)
     listed = [
-        line for line in read(TESTS_README).splitlines() if re.match(r"\| \w+MNIST .*±", line)
+        line for line in read(TESTS_README).splitlines() if re.match(r"\| \w*MNIST .*±", line)
     ]
-    assert set(listed) | set(summaries) == set(listed) & set(summaries)
+    assert set(listed) == set(summaries)
     short = [line for line in read(README).splitlines() if re.match(r"\| \w*MNIST .*±", line)]
     without_validation = [re.sub(r"(\| \d+ \|) \S+ \|", r"\1", line) for line in summaries]
     assert len(short) == 4
@@ -89,10 +89,10 @@ def test_example_for_your_own_code_works_as_printed(monkeypatch):
 
 @pytest.mark.parametrize("document", [README, TESTS_README])
 def test_links_pictures_and_named_tests_exist(document):
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", read(document))
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", read(document))
     assert len(links) > 2
     for link in links:
-        assert ((ROOT / document).parent / link).exists(), link
+        assert ((ROOT / document).parent / link.partition("#")[0]).exists(), link
     for name in re.findall(r"tests/test_\w+\.py", read(document)):
         assert (ROOT / name).exists(), name
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import re
 import shutil
 from types import SimpleNamespace
@@ -32,20 +31,12 @@ def run(main, *argv, network=LeNet):
 
 def layer_outputs(saved, images):
     """Compute the outputs of all layers with plain torch (images: uint8, N x 28 x 28)."""
-    model = LeNet().requires_grad_(False)
-    model.load_state_dict(saved["model"])
-    x = (F.pad(images / 255, [2] * 4)[:, None] - saved["mean"]) / saved["std"]
-    c1 = model.c1(x).sigmoid()
-    s2 = F.avg_pool2d(c1, 2)
-    c3 = model.c3(s2).sigmoid()
-    s4 = F.avg_pool2d(c3, 2)
-    c5 = model.c5(s4).sigmoid()
-    f6 = model.f6(c5.flatten(1)).sigmoid()
-    return [c1, s2, c3, s4, c5, f6, model.f7(f6)]
-
-
-def sample_of(seed, count=64):
-    return torch.randperm(400, generator=torch.Generator().manual_seed(seed))[:count].tolist()
+    m = LeNet().requires_grad_(False)
+    m.load_state_dict(saved["model"])
+    outputs = [(F.pad(images / 255, [2] * 4)[:, None] - saved["mean"]) / saved["std"]]
+    for layer in (m.c1, m.sig, m.s2, m.c3, m.sig, m.s4, m.c5, m.sig, m.flatten, m.f6, m.sig, m.f7):
+        outputs.append(layer(outputs[-1]))
+    return [outputs[i] for i in (2, 3, 5, 6, 8, 11, 12)]  # after the activations
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +49,8 @@ def report(finished_run, options, data_dir, tmp_path_factory):
     layers = layer_outputs(saved, images)
     confidence, predicted = layers[-1].softmax(1).max(1)
     pairs = list(zip(labels.tolist(), predicted.tolist()))
+    seeds = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    samples = [torch.randperm(400, generator=seed)[:64].tolist() for seed in seeds]
     return SimpleNamespace(**locals())
 
 
@@ -71,7 +64,7 @@ def test_report_and_confusion_matrix_agree_with_a_count_from_scratch(report):
         rows += f"{digit} {hits / total:.1%} ({hits}/{total}) "
         rows += f"{counts.index(max(counts))} ({max(counts)})\n"
     correct = [label == guess for label, guess in report.pairs]
-    hits, sampled = sum(correct), sum(correct[i] for i in sample_of(seed=0))
+    hits, sampled = sum(correct), sum(correct[i] for i in report.samples[0])
     low, high = [100 * bound for bound in evaluate.wilson_interval(hits, 400)]
     expected = f"""
         Weights: {report.directory}/checkpoints/Glyphs/best.pt, epoch {report.saved["epoch"]}
@@ -91,8 +84,8 @@ def test_report_and_confusion_matrix_agree_with_a_count_from_scratch(report):
 def test_pretrained_weights_are_portable_and_as_good_as_stated(real_data, dataset):
     file = f"checkpoints/lenet5-{dataset.lower()}.pt"
     saved = torch.load(ROOT / file, weights_only=True)
-    weights = saved["model"].values()
-    assert all(w.is_contiguous() and w.is_cpu and w.dtype == torch.float32 for w in weights)
+    for w in saved["model"].values():
+        assert (w.is_contiguous(), w.is_cpu, w.dtype) == (True, True, torch.float32)
     images, labels = utils.load_images(dataset, real_data, "test")
     correct = (layer_outputs(saved, images)[-1].argmax(1) == labels).sum()
     results = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
@@ -100,28 +93,17 @@ def test_pretrained_weights_are_portable_and_as_good_as_stated(real_data, datase
     assert abs(correct - stated) <= 3  # processors round differently
 
 
-def test_newest_or_selected_run_or_else_pretrained_weights_are_evaluated(
-    report, tmp_path, error_of
-):
-    new, old = [tmp_path / "checkpoints" / name / "best.pt" for name in ("new", "old")]
-    for path, dataset, time in ((new, "Glyphs", 2000), (old, "MNIST", 1000)):
-        utils.save(report.saved | {"dataset": dataset}, path)
-        os.utime(path, (time, time))
+def test_pretrained_weights_are_taken_only_without_a_matching_run(report, tmp_path, error_of):
+    own = tmp_path / "checkpoints" / "mine" / "best.pt"
+    utils.save(report.saved, own)
     pretrained = ROOT / "checkpoints" / "lenet5-fashionmnist.pt"
     common = [f"--output-dir={tmp_path}", f"--data-dir={tmp_path / 'data'}"]
     common += [f"--image={ROOT / 'images' / 'lenet5.png'}"]
-    for argv, path in (
-        ([], new),
-        (["--name=old"], old),
-        (["--dataset=MNIST"], old),
-        ([f"--checkpoint={old}"], old),
-        (["--dataset=FashionMNIST"], pretrained),
-    ):
+    for argv, path in ([], own), (["--dataset=FashionMNIST"], pretrained):
         out, _ = run(evaluate.main, *common, *argv)
         assert out.startswith(f"Weights: {utils.shown(path)}, epoch ")
-    for argv in (["--name=mine", "--dataset=FashionMNIST"], ["--name=new", "--dataset=MNIST"]):
-        assert "there is no run named" in error_of(evaluate.main, *common, *argv)
-    assert not (tmp_path / "data").exists()  # the test split was not loaded
+    assert not (tmp_path / "data").exists()  # own pictures do not need the test split
+    assert "no run named mine" in error_of(evaluate.main, *common, "--name=mine", "--dataset=MNIST")
 
 
 @pytest.mark.parametrize("name", ["predict", "mistakes"])
@@ -138,79 +120,81 @@ def test_images_are_in_order_above_captions_in_green_or_red(report, name):
         for red, green, _ in (to_rgb(text.get_color()), to_rgb(frame.get_edgecolor())):
             assert (green > red) == (label == guess)
         drawn.append(i)
-    if name == "predict":
-        assert drawn == sample_of(seed=0)
-    else:
-        errors = report.confidence[report.predicted != report.labels].sort(descending=True)[0]
-        assert report.confidence[drawn].tolist() == pytest.approx(errors[:64].tolist())
-
-
-def bars(figures):
-    return [bar.get_width() / 100 for bar in figures["features.png"].axes[-1].patches]
+    errors = report.confidence[report.predicted != report.labels].sort(descending=True)[0][:64]
+    expected = report.confidence[report.samples[0]] if name == "predict" else errors
+    assert report.confidence[drawn].tolist() == pytest.approx(expected.tolist())
 
 
 def test_features_are_the_outputs_of_all_layers(report):
-    [index] = sample_of(seed=0, count=1)
-    *outputs, logits = [layer[index] for layer in report.layers]
+    *outputs, logits = [layer[report.samples[0][0]] for layer in report.layers]
     axes = report.figures["features.png"].axes
     for ax, maps in zip(axes[2:-1], outputs, strict=True):
         tiles = torch.tensor(np.ma.filled(ax.images[0].get_array(), np.nan))
         torch.testing.assert_close(tiles[tiles.isfinite()].sort()[0], maps.flatten().sort()[0])
-    assert bars(report.figures) == pytest.approx(logits.softmax(0).tolist(), abs=1e-5)
+        height, width = (*maps.shape, 1, 1)[1:3]
+        torch.testing.assert_close(tiles[:height, :width], maps[0].view(height, width))
+    bars = [bar.get_width() for bar in axes[-1].patches]
+    assert bars == pytest.approx((100 * logits.softmax(0)).tolist(), abs=1e-3)
     low, high = axes[1].images[0].get_clim()  # of the kernels
     assert -low == high == report.saved["model"]["c1.weight"].abs().max()
 
 
-def test_softmax_in_forward_is_not_applied_twice(report, options, tmp_path):
+def test_changed_network_is_shown_correctly_or_not_at_all(report, options, tmp_path):
     class Softmax(LeNet):
         def forward(self, x):
             return super().forward(x).softmax(dim=1)
 
-    utils.save(report.saved | {"logits": report.saved["logits"].softmax(1)}, tmp_path / "new.pt")
-    argv = [*options(tmp_path), f"--checkpoint={tmp_path / 'new.pt'}", "--name=new", "--seed=1"]
-    out, figures = run(evaluate.main, *argv, network=Softmax)
-    assert f"Pictures: {tmp_path / 'images' / 'new'}\n" in out
-    expected = report.layers[-1][sample_of(seed=1, count=1)].softmax(1)
-    assert bars(figures) == pytest.approx(expected[0].tolist(), abs=1e-5)
-    captions, expected = [f["mistakes.png"].axes[0].texts for f in (figures, report.figures)]
-    assert [text.get_text() for text in captions] == [text.get_text() for text in expected]
-
-
-def test_network_that_cannot_be_shown_has_no_page_and_no_features(report, options, tmp_path):
     class Branches(LeNet):
         def forward(self, x):
             return 0.5 * super().forward(x) + 0.5 * super().forward(x)
 
-    directory = shutil.copytree(report.directory, tmp_path / "run")
-    (directory / "images" / "Glyphs" / "features.png").touch()  # of an earlier network
-    out, figures = run(evaluate.main, *options(directory), network=Branches)
+    path, pictures = tmp_path / "last.pt", tmp_path / "images" / "new"
+    argv = [*options(tmp_path), f"--checkpoint={path}", "--name=new", "--seed=1"]
+    utils.save(report.saved | {"logits": report.saved["logits"].softmax(1)}, path)
+    out, figures = run(evaluate.main, *argv, network=Softmax)
+    bars = [bar.get_width() for bar in figures["features.png"].axes[-1].patches]
+    expected = 100 * report.layers[-1][report.samples[1][0]].softmax(0)  # not applied twice
+    assert bars == pytest.approx(expected.tolist(), abs=1e-3)
+    captions, expected = [f["mistakes.png"].axes[0].texts for f in (figures, report.figures)]
+    assert [text.get_text() for text in captions] == [text.get_text() for text in expected]
+    utils.save(report.saved, path)
+    (pictures / "features.png").touch()
+    out, figures = run(evaluate.main, *argv, network=Branches)
     assert re.search(r"\nPage:     not written, because .* cannot be shown: .+\n$", out)
     assert "features.png" not in figures
-    assert {path.suffix for path in (directory / "images" / "Glyphs").iterdir()} == {".csv", ".png"}
-    assert not (directory / "images" / "Glyphs" / "features.png").exists()
+    assert list(pictures.iterdir()) == []
 
 
-def test_classes_without_errors_or_images_with_any_matplotlib_settings(
-    report, options, tmp_path, capsys
-):
+def test_perfect_classes_with_odd_matplotlib_settings(report, options, tmp_path, capsys):
     cache, written = tmp_path / "Glyphs" / f"test-v{utils.CACHE_VERSION}.pt", []
     images = report.images[report.predicted == 2][:9]
     utils.save({"images": images, "labels": torch.full([9], 2)}, cache)
-    directory = shutil.copytree(report.directory, tmp_path / "run")
     for size, color in ((10, "white"), (30, "black")):
         with matplotlib.rc_context({"font.size": size, "axes.facecolor": color}):
-            evaluate.main([*options(directory), f"--data-dir={tmp_path}"])
-            compare.main([f"--output-dir={directory}"])
-            plots.plot_metrics(report.saved["history"], "Glyphs", directory / "metrics.png")
+            evaluate.main([*options(report.directory), f"--data-dir={tmp_path}"])
+            compare.main([f"--output-dir={report.directory}"])
+            plots.plot_metrics(report.saved["history"], "Glyphs", report.directory / "plot.png")
             assert matplotlib.rcParams["font.size"] == size
-        written.append({path.name: path.read_bytes() for path in directory.rglob("*.png")})
+        written.append({path.name: path.read_bytes() for path in report.directory.rglob("*.png")})
     assert written[0] == written[1]
-    assert "mistakes.png" not in written[0]
     assert re.search(r"\n2 +100\.0% \(9/9\) +-\n3 +0\.0% \(0/0\) +-\n", capsys.readouterr().out)
 
 
-def test_runs_are_compared(report, tmp_path, error_of):
+def test_runs_are_compared_and_drawn_by_validation_set(report, tmp_path, error_of):
     assert "there is no run in" in error_of(compare.main, f"--output-dir={tmp_path}")
-    last = checkpoint(report.directory)
-    for name, old, new in (("full", "'full': False", "'full': True"),):
-        pass
+    saved = report.saved
+    code, options = saved["code"].replace("Sigmoid", "ReLU"), saved["options"] | {"limit": 9}
+    for name, changes in ("plain", {}), ("relu", {"code": code}), ("short", {"options": options}):
+        utils.save(saved | changes, tmp_path / "checkpoints" / name / "last.pt")
+    out, figures = run(compare.main, f"--output-dir={tmp_path}")
+    losses, accuracies = [[row[name] for row in saved["history"]] for name in utils.METRICS[4:]]
+    assert out.count(f" Glyphs   2 of 4  {max(accuracies):.2%} ") == 3
+    assert [line.split("  ")[-1] for line in out.splitlines()[1:-1]] == [
+        "limit 1500; self.sig = nn.Sigmoid()",
+        "limit 1500; self.sig = nn.ReLU()",
+        "limit 9; self.sig = nn.Sigmoid()",
+    ]
+    axes = figures["compare.png"].axes
+    curves = [{line.get_label(): line.get_ydata().tolist() for line in ax.lines} for ax in axes]
+    assert curves[:2] == [{"plain": values, "relu": values} for values in (losses, accuracies)]
+    assert curves[2:] == [{"short": losses}, {"short": accuracies}]

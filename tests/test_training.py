@@ -22,7 +22,6 @@ SHORT_RUN = ["--dataset=Glyphs", "--limit=250", "--epochs=3"]  # one step per ep
 
 @pytest.fixture
 def start(options):
-    """Run train.py in this process: start(output_dir, *argv)."""
     return lambda directory, *argv: train.main([*options(directory), *argv])
 
 
@@ -85,8 +84,7 @@ def plain_training(data, flip, options):
                 update = train.newton_schulz((0.95 * average + 0.05 * weight.grad).flatten(1))
                 update *= math.sqrt(max(1, len(update) / update.shape[1]))
                 weight.data = (1 - lr * decay) * weight - lr * update.view_as(weight)
-        logits = torch.cat(outputs)
-        row = {"epoch": epoch, "lr": lr} | plain_metrics("train", logits, labels[order])
+        row = {"epoch": epoch, "lr": lr} | plain_metrics("train", torch.cat(outputs), labels[order])
         if val_set:
             x = (F.pad(val_set[0], [2] * 4)[:, None] / 255 - mean) / std
             row |= plain_metrics("val", model(x), val_set[1])
@@ -131,13 +129,10 @@ def test_two_epochs_on_15_000_real_images_learn(tmp_path, real_data, start, caps
     assert checkpoint(tmp_path, name="FashionMNIST")["history"][-1]["val_accuracy"] > 0.72
 
 
-def test_same_seed_same_run_other_seed_other_weights(tmp_path, start, finished_run, no_plots):
+def test_same_seed_gives_the_same_run(tmp_path, start, finished_run, no_plots):
     torch.rand(7)  # earlier random numbers have no influence
     start(tmp_path, *SMALL_RUN)
     assert_same_run(tmp_path, finished_run)
-    start(tmp_path, *SHORT_RUN, "--seed=1")
-    first, other = [checkpoint(path)["snapshots"][0] for path in (finished_run, tmp_path)]
-    assert comparable(first) != comparable(other)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -159,8 +154,7 @@ def test_checkpoint_and_metrics_have_the_documented_contents(finished_run):
     for i, weights in ((0, LeNet().state_dict()), (-1, run["model"])):
         half = {name: weight.half() for name, weight in weights.items()}
         assert comparable(run["snapshots"][i]["weights"]) == comparable(half)
-    text = (finished_run / "images" / "Glyphs" / "metrics.csv").read_text()
-    rows = csv.DictReader(text.splitlines())
+    rows = csv.DictReader((finished_run / "images/Glyphs/metrics.csv").read_text().splitlines())
     assert [{name: float(row[name]) for name in row} for row in rows] == run["history"]
 
 
@@ -187,8 +181,7 @@ def test_last_batch_may_have_one_image(tmp_path, start, monkeypatch, no_plots, n
 
 def test_equal_epochs_keep_the_first_and_warn(tmp_path, start, monkeypatch, capsys, no_plots):
     monkeypatch.setattr(train, "LeNet", lambda n: nn.Sequential(nn.Flatten(), nn.Linear(1024, n)))
-    argv = ["--dataset=Glyphs", "--epochs=4", "--recipe=long", "--batch-size=10", "--lr=1e-12"]
-    start(tmp_path, *argv)
+    start(tmp_path, *"--dataset=Glyphs --epochs=4 --recipe=long --batch-size=10 --lr=1e-12".split())
     out, err = capsys.readouterr()
     assert [row[-1] == "far" for row in epoch_rows(out)] == [True, False, False, False]
     assert "Best epoch: 1 of 4, validation accuracy on Glyphs" in out
@@ -220,12 +213,10 @@ def test_output_and_plot_show_the_history(tmp_path, start, capsys, monkeypatch, 
     assert f"Glyphs: 250 images to train on, {0 if full else 250} for validation\n" in out
     for ax, metric in zip(figures[0].axes, ("loss", "accuracy")):
         curves = {line.get_label(): [*line.get_ydata()] for line in ax.lines}
-        assert curves["train"] == [row[f"train_{metric}"] for row in history]
-        if full:
-            assert len(curves) == 1
-            continue
-        assert curves["validation"] == [row[f"val_{metric}"] for row in history]
-        assert [best[f"val_{metric}"]] in curves.values()
+        assert curves.pop("train") == [row[f"train_{metric}"] for row in history]
+        assert full or curves["validation"] == [row[f"val_{metric}"] for row in history]
+        assert full or [best[f"val_{metric}"]] in curves.values()
+        assert bool(curves) != full
 
 
 NETWORKS = {  # a change of the logits, and the message about it
@@ -239,10 +230,9 @@ NETWORKS = {  # a change of the logits, and the message about it
 }
 
 
-@pytest.mark.parametrize(("change", "message"), NETWORKS.values(), ids=NETWORKS)
-def test_unsuitable_networks_are_one_line_and_leave_the_old_run(
-    stopped_run, options, run_script, monkeypatch, no_plots, change, message
-):
+@pytest.mark.parametrize("name", NETWORKS)
+def test_unsuitable_networks_are_one_line(stopped_run, options, run_script, monkeypatch, name):
+    change, message = NETWORKS[name]
     forward = LeNet.forward
     monkeypatch.setattr(LeNet, "forward", lambda model, x: change(model, forward(model, x)))
     before = files(stopped_run)
@@ -257,5 +247,4 @@ def test_metrics_that_cannot_be_written_are_a_warning(tmp_path, start, capsys):
     (tmp_path / "images" / "Glyphs" / "metrics.csv").mkdir(parents=True)
     start(tmp_path, *SHORT_RUN)
     out, err = capsys.readouterr()
-    assert "Warning: cannot write" in err and "metrics.csv" in err
-    assert "Best epoch: " in out and "Plot: " not in out
+    assert "Warning: cannot write" in err and "Best epoch: " in out and "Plot: " not in out
