@@ -126,11 +126,10 @@ def run_script(main):
         previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     except ValueError:  # not in the main thread
         previous = None
+    status = 0
     try:
         try:
             main()
-            sys.stdout.flush()
-            status = 0
         except (Error, OSError) as error:
             if isinstance(error, BrokenPipeError):
                 raise
@@ -139,8 +138,9 @@ def run_script(main):
         except KeyboardInterrupt as stop:
             status = 130
             print(f"\nStopped. {stop}".rstrip(), file=sys.stderr)
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader has exited, as head does
-        status = 128 + 13  # what a shell reports
+        status = status or 128 + 13  # what a shell reports
         for stream in (sys.stdout, sys.stderr):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     finally:
@@ -151,14 +151,15 @@ def run_script(main):
 
 def forget_modules(result):
     """Remove the project's modules, so that the next %run in IPython imports edited files."""
-    builtins.get_ipython().events.unregister("post_run_cell", forget_modules)
+    ipython.events.unregister("post_run_cell", forget_modules)
     for name in list(sys.modules):
         if name in ("model", "train", "test", "utils") or name.split(".")[0] == "images":
             del sys.modules[name]
 
 
 if hasattr(builtins, "get_ipython") and ROOT in Path(sys.argv[0]).resolve().parents:  # in %run
-    builtins.get_ipython().events.register("post_run_cell", forget_modules)
+    ipython = builtins.get_ipython()
+    ipython.events.register("post_run_cell", forget_modules)
 
 
 def shown(path):

@@ -9,8 +9,6 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 import utils
 from images import plots
@@ -29,7 +27,8 @@ PIXEL, BAR, GAP = 0.1, 0.28, 1.0  # size of a pixel, width of a bar, distance be
 
 def draw_box(ax, x, y, width, height, color="none", zorder=3):
     """Draw a rectangle with its lower left corner at x, y."""
-    ax.add_patch(Rectangle((x, y), width, height, fc=color, ec="black", lw=0.8, zorder=zorder))
+    style = {"facecolor": color, "edgecolor": "black", "linewidth": 0.8, "zorder": zorder}
+    ax.add_patch(plots.Rectangle((x, y), width, height, **style))
 
 
 def draw_layer(ax, layer, left):
@@ -84,7 +83,7 @@ def draw_connection(ax, layer, source, target, before):
 @plots.default_style
 def draw(layers, path):
     """Draw the layers, from `trace`, in the style of figure 2 of LeCun et al. (1998)."""
-    figure = Figure(figsize=(2.6 + 1.6 * len(layers), 4.1), layout="constrained")
+    figure = plots.Figure(figsize=(2.6 + 1.6 * len(layers), 4.1), layout="constrained")
     ax = figure.add_subplot(aspect="equal", ylim=(-3.6, 3.1))
     ax.axis("off")
     source = draw_layer(ax, layers[0], left=0)

@@ -10,7 +10,6 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from matplotlib.figure import Figure
 
 import utils
 from images import plots
@@ -29,7 +28,7 @@ def differences(runs):
 @plots.default_style
 def draw(groups, path):
     """Plot validation loss and accuracy, one row for each list of runs in `groups`."""
-    figure = Figure(figsize=(13, 4.8 * len(groups)), layout="constrained")
+    figure = plots.Figure(figsize=(13, 4.8 * len(groups)), layout="constrained")
     for runs, axes in zip(groups, figure.subplots(len(groups), 2, squeeze=False)):
         for ax, metric in zip(axes, ("loss", "accuracy")):
             curves = {run["name"]: [row[f"val_{metric}"] for row in run["history"]] for run in runs}

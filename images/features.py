@@ -4,7 +4,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 
 import utils
 from images import plots
@@ -30,7 +29,7 @@ def draw(run, model, images, labels, index, path):
 
     mosaics = [mosaic(maps) for _, maps, _ in panels]
     widths = [min(max(6 * tiles.shape[1] / tiles.shape[0], 0.9), 2.2) for tiles in mosaics]
-    figure = Figure(figsize=(sum(widths) + 3.5, 7.2), layout="constrained")
+    figure = plots.Figure(figsize=(sum(widths) + 3.5, 7.2), layout="constrained")
     axes = figure.subplots(1, len(panels) + 1, width_ratios=[*widths, 2.2])
     for ax, tiles, (title, maps, cmap) in zip(axes, mosaics, panels):
         low, high = maps.min().item(), maps.max().item()

@@ -5,7 +5,8 @@ import io
 import math
 import os
 
-# Notebooks set MPLBACKEND, and matplotlib cannot be imported if it does not know that backend.
+# Notebooks set MPLBACKEND. If matplotlib does not know that backend, importing it fails: therefore,
+# other files of the gallery do not import matplotlib, but use `plots.Figure`.
 backend = os.environ.pop("MPLBACKEND", None)
 
 import matplotlib

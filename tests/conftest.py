@@ -25,7 +25,7 @@ from images.glyphs import draw_glyphs
 evaluate = importlib.import_module("test")  # test.py; the standard library has a package test
 ROOT = Path(__file__).resolve().parent.parent
 OFFLINE = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
-# A run of 4 epochs with 15 steps each.
+# A run of 4 epochs with 11 steps each.
 SMALL_RUN = ["--dataset=Glyphs", "--limit=1500", "--epochs=4", "--batch-size=100"]
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
 

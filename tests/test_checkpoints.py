@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import functools
 import importlib
 import itertools
 import os
@@ -11,6 +10,7 @@ import re
 import shutil
 import signal
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -32,21 +32,19 @@ def run(tmp_path, finished_run):
 
 
 def test_file_is_on_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
-    path, link, names, seen = tmp_path / "file", tmp_path / "link", set(), []
+    path, link, seen = tmp_path / "file", tmp_path / "link", []
 
     def fsync(descriptor):
-        (temporary,) = tmp_path.glob("*.tmp")
-        names.add(temporary.name)
-        seen.append((os.fstat(descriptor).st_size, path.read_bytes()))
+        names = [temporary.name for temporary in tmp_path.glob("*.tmp")]
+        seen.append((os.fstat(descriptor).st_size, path.read_bytes(), names))
 
     path.write_bytes(b"old")
     link.symlink_to(path)
     monkeypatch.setattr(os, "fsync", fsync)
     for content in (b"first", b"second"):
-        random.seed(0)
         utils.write_file(link, content)
-    assert len(names) == 2  # processes in two containers may have the same id
-    assert seen == [(5, b"old"), (6, b"first")]
+    assert [state[:2] for state in seen] == [(5, b"old"), (6, b"first")]
+    assert seen[0][2] != seen[1][2]  # processes in two containers may have the same id
     assert (link.is_symlink(), path.read_bytes()) == (True, b"second")
 
 
@@ -65,20 +63,17 @@ def test_code_in_a_file_is_never_executed(tmp_path):
 def test_damaged_and_foreign_files_are_rejected(run, options, error_of):
     path, rng = run / BEST, random.Random(0)
     data, good = path.read_bytes(), utils.load(path)
-
-    def error():
-        return error_of(evaluate.main, f"--checkpoint={path}", *options(run))
-
+    argv = [evaluate.main, f"--checkpoint={path}", *options(run)]
     for content in (data[:-1], data[: len(data) // 2], b"", b"text\n"):
         path.write_bytes(content)
-        assert "is damaged, or was not written by this project" in error()
+        assert "is damaged, or was not written by this project" in error_of(*argv)
     for content in ([1, 2], {}, good["model"], good | {"version": 3}, {"format": 3}):
         utils.save(content, path)
-        assert "not a checkpoint of this version of train.py: train again, or use" in error()
+        assert "is not a checkpoint of this version of train.py: train again" in error_of(*argv)
     utils.save(good | {"dataset": "Letters"}, path)
-    assert "was trained on Letters, which is not in DATASETS" in error()
+    assert "was trained on Letters, which is not in DATASETS" in error_of(*argv)
     utils.save(good | {"name": "../../home"}, path)
-    assert "has an invalid name: '../../home'" in error()
+    assert "has an invalid name: '../../home'" in error_of(*argv)
     for _ in range(30):  # a flipped bit is noticed or has no effect
         damaged = bytearray(data)
         damaged[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
@@ -86,9 +81,7 @@ def test_damaged_and_foreign_files_are_rejected(run, options, error_of):
         with contextlib.suppress(utils.Error):
             assert comparable(utils.load(path)) == comparable(good)
     path.unlink()
-    assert "cannot read" in error()
-    path.mkdir()
-    assert "cannot read" in error()
+    assert "cannot read" in error_of(*argv)
 
 
 def test_best_epoch_is_the_first_of_equal_ones_or_the_last_without_validation():
@@ -109,7 +102,7 @@ def test_newest_matching_run_is_selected(run, capsys):
     for path, time in times.items():
         os.utime(path, (time, time))
     assert [select(), select(resume=True), select("--name=old")] == ["new", "new", "old"]
-    with pytest.raises(utils.Unavailable, match="^there is no run named old on MNIST in "):
+    with pytest.raises(utils.Unavailable, match=r"^there is no run named old on MNIST in "):
         select("--name=old", "--dataset=MNIST")
     (new / "best.pt").write_text("text")
     assert select() == "old"
@@ -121,7 +114,6 @@ def test_newest_matching_run_is_selected(run, capsys):
 
 def test_only_weights_of_the_same_network_are_loaded(tmp_path, run, monkeypatch):
     def edited(old, new):
-        """Make LeNet from a copy of model.py in which `old` is replaced."""
         name = f"{tmp_path.name}_{len(list(tmp_path.glob('*.py')))}"
         text = (ROOT / "model.py").read_text(encoding="utf-8").replace(old, new)
         (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
@@ -130,14 +122,11 @@ def test_only_weights_of_the_same_network_are_loaded(tmp_path, run, monkeypatch)
 
     monkeypatch.syspath_prepend(tmp_path)
     saved = utils.load(run / BEST)
-    small = {"model": saved["model"] | {"f6.weight": torch.zeros(80, 120)}}
-    nan = {"logits": saved["logits"] * float("nan")}
     activation = "`self.sig = nn.Sigmoid()` where model.py has `self.sig = nn.Tanh()`"
     for model, changes, reason in (
         (edited("nn.Sigmoid()", "nn.Tanh()"), {}, f"different network: its class has {activation}"),
         (edited("84", "80"), {}, "its class has `self.f6 = nn.Linear(120, 84) "),
-        (LeNet(), small, "size mismatch for f6.weight"),
-        (LeNet(), nan, "its logits for a fixed image differ"),
+        (LeNet(), {"logits": saved["logits"] * torch.nan}, "its logits for a fixed image differ"),
     ):
         with pytest.raises(utils.Error, match=re.escape(reason)):
             utils.load_weights(run / BEST, saved | changes, model)
@@ -154,7 +143,7 @@ def test_resumed_run_is_bit_identical(tmp_path, options, stop_at, option, epoch)
     with pytest.raises(KeyboardInterrupt, match=hint if epoch > 1 else "No epoch has been saved"):
         train.main([*argv, *options(tmp_path / "stopped")])
     if epoch == 1:
-        return
+        return  # there is nothing to resume
     train.main(["--resume", *options(tmp_path / "stopped")])
     train.main([*argv, *options(tmp_path / "straight")])
     assert_same_run(tmp_path / "straight", tmp_path / "stopped")
@@ -173,14 +162,10 @@ def test_resume_of_a_finished_run_changes_nothing_and_rejects_options(run, optio
     assert files(run) == before
 
 
-def test_layers_in_another_order_and_bare_weights_cannot_be_resumed(stopped_run, options):
+def test_layers_in_another_order_cannot_be_resumed(stopped_run, options):
     last = utils.load(stopped_run / LAST)
     utils.save(last | {"model": dict(reversed(last["model"].items()))}, stopped_run / LAST)
     with pytest.raises(utils.Error, match=r"the parameters in model\.py or their order changed"):
-        train.main(["--resume", *options(stopped_run)])
-    del last["optimizers"]
-    utils.save(last, stopped_run / LAST)
-    with pytest.raises(utils.Error, match="contains only weights and cannot be resumed"):
         train.main(["--resume", *options(stopped_run)])
 
 
@@ -194,22 +179,17 @@ def die_at(number):
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(audit)
-    train.plot_metrics = lambda *args: None
 
 
 def test_killed_run_is_bit_identical(tmp_path, run, start_process, options):
-    """It replaces another run. The first kills are before and after each file of epoch 1."""
     train.main([*TINY_RUN, *options(tmp_path / "straight")])
     for number in (1, 2, 3, 2, 4, 6, 8, 5, 0):
-        replaced = utils.load_checkpoint(run / BEST)["options"]["limit"] == 100
-        argv = ["--resume"] if replaced else TINY_RUN
-        prepare = functools.partial(die_at, number)
-        process, log = start_process("train.py", *argv, *options(run), prepare=prepare)
+        argv = ["--resume"] if utils.load(run / BEST)["options"]["limit"] == 100 else TINY_RUN
+        die = partial(die_at, number)
+        process, log = start_process("train.py", *argv, *options(run), prepare=die)
         process.join(120)
-        expected = -signal.SIGKILL if number else 0
-        assert process.exitcode == expected, log.read_text(encoding="utf-8")
+        assert process.exitcode == (-signal.SIGKILL if number else 0), log.read_text()
     assert_same_run(run, tmp_path / "straight")
-    assert not list(run.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize("write", [1, 2, 4])  # of best.pt, last.pt, and a file of epoch 2

@@ -98,9 +98,7 @@ def browser(models, tmp_path_factory):
 
 
 @pytest.fixture
-def show(browser):
-    """Show a network, with the first test image; later check for errors and network requests."""
-
+def show(browser):  # and check for errors and network requests after the test
     def show(name):
         buttons = browser.find_elements(By.CSS_SELECTOR, "#sets button")
         next(button for button in buttons if button.text == name).click()
@@ -116,7 +114,6 @@ def text(browser, name):
 
 
 def assert_same_logits(browser, model, mean=0.2, std=0.3):
-    """Compare the logits that the page computed for all its test images with PyTorch's."""
     images, logits = browser.execute_script(
         "const all = state.net.samples;"
         "return [all.map(s => [...s.image]), all.map(s => [...s.outputs.at(-1)])]"
@@ -196,19 +193,22 @@ def test_everything_can_be_done_with_the_keyboard(show):
     assert (text(browser, "title"), text(browser, "answer")) == ("", "Ankle boot")
 
 
-def test_one_value_is_explained_in_numbers_that_add_up(show, models):
-    image, *words = show("LeNet").execute_script(
-        "keep({layer: state.net.layers[3], i: 42});"  # of C3
-        "const rows = document.querySelectorAll('#detail .term, #detail .total');"
-        "return [[...state.image], element('title').firstChild.data.split(': ')[1],"
-        "...[...rows].map(row => row.querySelector('.number:last-child').textContent)]"
+def test_values_are_explained_in_numbers_that_add_up(show, models):
+    places = range(0, 1600, 160)  # in C3
+    image, *explanations = show("LeNet").execute_script(
+        "const numbers = i => { keep({layer: state.net.layers[3], i});"
+        "const rows = document.querySelectorAll('#detail :is(.term, .total) .number:last-child');"
+        "return [element('title').firstChild, ...rows].map(each => each.textContent); };"
+        "return [[...state.image], ...arguments[0].map(numbers)]",
+        list(places),
     )
-    value, *terms, total = [float(word.replace("\N{MINUS SIGN}", "-")) for word in words]
-    images = F.pad(torch.tensor(image).byte().view(1, 28, 28), [2] * 4)
-    layers = trace(models["LeNet"], utils.normalize(images, 0.2, 0.3))
-    assert value == pytest.approx(layers[3].output.flatten()[42].item(), abs=6e-4)
-    assert value == pytest.approx(torch.tensor(total).sigmoid().item(), abs=6e-3)
-    assert sum(terms) == pytest.approx(total, abs=1e-9)
+    x = F.pad(torch.tensor(image).byte().view(1, 28, 28), [2] * 4)
+    output = trace(models["LeNet"], utils.normalize(x, 0.2, 0.3))[3].output.flatten()
+    for i, words in zip(places, explanations):
+        numbers = [word.split(": ")[-1].replace("\N{MINUS SIGN}", "-") for word in words]
+        value, *terms, total = map(float, numbers)
+        assert value == pytest.approx(output[i].item(), abs=6e-4)
+        assert sum(terms) == pytest.approx(total, abs=1e-9)
 
 
 def test_page_of_a_run_shows_it_first(finished_run, options, data_dir, tmp_path, monkeypatch):

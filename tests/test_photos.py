@@ -62,11 +62,11 @@ def test_object_has_the_size_and_position_of_the_dataset(convert, size):
         assert centers == pytest.approx([center, center], abs=0.51 if center == 13.5 else 0.3)
 
 
-def test_file_format_orientation_light_and_noise_do_not_matter(convert):
+def test_file_format_orientation_light_and_noise_do_not_matter(convert, recwarn):
     rotated, damaged = Image.Exif(), b"Exif\0\0MM\0*\0\0\0\x08\0\x09\x01\x12"
     rotated[0x0112] = 6
     blue = draw_seven(ink=(0, 0, 60), paper=(250, 250, 230), mode="RGB")
-    wide = np.pad(draw_seven(ink=40, paper=230), ((0, 0), (150, 150)), constant_values=230)
+    wide = np.pad(draw_seven(ink=40, paper=230), ((0, 0), (280, 20)), constant_values=230)
     for picture, name, save_options in (
         (draw_seven(ink=255, paper=0), "inverted.png", {}),
         (draw_seven(ink=(0, 0, 0, 255), paper=(0, 0, 0, 0), mode="RGBA"), "transparent.png", {}),
@@ -76,10 +76,11 @@ def test_file_format_orientation_light_and_noise_do_not_matter(convert):
         (draw_seven(), "damaged.jpg", {"exif": damaged}),
         (draw_seven().resize((2000, 4000)), "large.png", {}),
         (wide + np.random.default_rng(0).normal(0, 6, wide.shape), "noise.png", {}),
-        (wide * np.linspace(1, 0.45, 500), "light.png", {}),  # from one side
+        (wide * np.linspace(1, 0.3, 500), "light.png", {}),  # from one side
         (wide * np.where(np.arange(500) < 60, 0.4, 1), "shadow.png", {}),  # at the border
     ):
         assert difference(convert(picture, name, **save_options), convert(draw_seven())) < 6, name
+    assert not recwarn.list  # such as of damaged EXIF data
 
 
 @pytest.mark.parametrize(("dataset", "limit"), [("MNIST", 5), ("FashionMNIST", 1)])
@@ -111,7 +112,7 @@ def test_thin_strokes_are_recognized(run_test, tmp_path, size):
     assert "thin.png: 7 (" in run_test("--image", tmp_path)[1]
 
 
-def test_bad_pictures_are_rejected_in_one_line_each(run_test, tmp_path, recwarn):
+def test_bad_pictures_are_rejected_in_one_line_each(run_test, tmp_path):
     names = "text.png half.png code.eps empty huge.png nan.tiff blank.png missing.png".split()
     paths = [tmp_path / name for name in names]
     text, half, eps, empty, huge, nan, blank, _ = paths
@@ -131,7 +132,6 @@ def test_bad_pictures_are_rejected_in_one_line_each(run_test, tmp_path, recwarn)
         assert re.fullmatch(rf"Warning: cannot (read|use) {path}: .+", line)
     assert "cannot identify" in lines[2]  # as a program would be started to read EPS
     assert (status, last) == (2, "test.py: error: 8 of 9 pictures could not be used")
-    assert not recwarn.list
 
 
 def test_pictures_in_directories_and_of_several_options_are_classified(run_test, tmp_path):

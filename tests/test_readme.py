@@ -32,7 +32,8 @@ def test_the_two_commands_create_a_virtual_environment():
     for end in ("python train.py && python test.py", "python -m pytest"):
         assert read(README).count(f"\n```\n{start}{end}\n```\n") == 1
     pattern = re.search("grep '(.*)' README.md", read(".ci/run"))[1]
-    assert re.findall(pattern, read(README), re.MULTILINE) == [f"{start}python -m pytest"]
+    lines = [line for line in read(README).splitlines() if re.search(pattern, line)]
+    assert lines == [f"{start}python -m pytest"]
 
 
 def test_layer_table_is_that_of_the_network():

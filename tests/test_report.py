@@ -169,8 +169,8 @@ def test_perfect_classes_with_odd_matplotlib_settings(report, options, tmp_path,
     cache, written = tmp_path / "Glyphs" / f"test-v{utils.CACHE_VERSION}.pt", []
     images = report.images[report.predicted == 2][:9]
     utils.save({"images": images, "labels": torch.full([9], 2)}, cache)
-    for size, color in ((10, "white"), (30, "black")):
-        with matplotlib.rc_context({"font.size": size, "axes.facecolor": color}):
+    for size, family in ((10, "sans-serif"), (30, "monospace")):
+        with matplotlib.rc_context({"font.size": size, "font.family": family}):
             evaluate.main([*options(report.directory), f"--data-dir={tmp_path}"])
             compare.main([f"--output-dir={report.directory}"])
             plots.plot_metrics(report.saved["history"], "Glyphs", report.directory / "plot.png")

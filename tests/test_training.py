@@ -94,11 +94,11 @@ def plain_training(data, flip, options):
 DEFAULTS = dict(epochs=20, batch_size=256, lr=0.05, weight_decay=0.015, shift=0)
 DEFAULTS |= dict(label_smoothing=0.0, seed=0, full=False)
 LONG = dict(epochs=150, weight_decay=0.01, shift=1, label_smoothing=0.05, full=True)
-OWN = dict(epochs=3, batch_size=200, lr=0.1, weight_decay=0.2, shift=1, seed=7)
+OWN = dict(epochs=3, batch_size=200, weight_decay=0.2, label_smoothing=0.4, shift=1, seed=7)
 RUNS = {
-    "FashionMNIST": DEFAULTS,
-    "FashionMNIST --recipe=long --full": DEFAULTS | LONG,
-    "MNIST --epochs=3 --batch-size=200 --lr=0.1 --weight-decay=0.2 --seed=7": DEFAULTS | OWN,
+    "FashionMNIST": {},
+    "FashionMNIST --recipe=long --full": LONG,
+    "MNIST --epochs=3 --batch-size=200 --weight-decay=0.2 --label-smoothing=0.4 --seed=7": OWN,
 }
 
 
@@ -110,8 +110,8 @@ def test_training_matches_plain_pytorch(tmp_path, start, stop_at, data_dir, monk
     stop_at(7)
     with contextlib.suppress(KeyboardInterrupt):
         start(tmp_path, *f"--dataset={argv}".split())
-    plain = plain_training(data, "Fashion" in argv, RUNS[argv])
-    epochs = list(itertools.islice(plain, 2 if RUNS[argv]["full"] else 3))
+    plain = plain_training(data, "Fashion" in argv, DEFAULTS | RUNS[argv])
+    epochs = list(itertools.islice(plain, 2 if "--full" in argv else 3))
     for file in ("best.pt", "last.pt"):
         run = checkpoint(tmp_path, file, name=argv.split()[0])
         for row, (expected, _) in zip(run["history"], epochs):
@@ -174,7 +174,7 @@ def test_last_batch_may_have_one_image(tmp_path, start, monkeypatch, no_plots, n
     assert run["counts"] == [limit, limit]
     first, last = run["snapshots"][0]["weights"], run["snapshots"][-1]["weights"]
     for name, weight in last.items():
-        assert weight.is_floating_point() and weight.isfinite().all()
+        assert weight.isfinite().all() and "num_batches" not in name  # an integer
         frozen = network is Unusual and name in ("c1.weight", "c1.bias", "large")
         assert torch.equal(weight, first[name]) == frozen, name
 
@@ -210,7 +210,7 @@ def test_output_and_plot_show_the_history(tmp_path, start, capsys, monkeypatch, 
     result += f"\nWeights:    {tmp_path}/checkpoints/Glyphs/best.pt"
     result += f"\nPlot:       {tmp_path}/images/Glyphs/metrics.png, values in metrics.csv\nNext:  "
     assert f"\n\n{result}" in out
-    assert f"Glyphs: 250 images to train on, {0 if full else 250} for validation\n" in out
+    assert f"Glyphs: 250 images to train on, {0 if full else 250} for validation\n\n  " in out
     for ax, metric in zip(figures[0].axes, ("loss", "accuracy")):
         curves = {line.get_label(): [*line.get_ydata()] for line in ax.lines}
         assert curves.pop("train") == [row[f"train_{metric}"] for row in history]
@@ -224,7 +224,7 @@ NETWORKS = {  # a change of the logits, and the message about it
     "log_softmax": (lambda m, x: x.log_softmax(dim=1), "forward in model.py ends in a softmax"),
     "dropout": (lambda m, x: F.dropout(x), "different logits for equal weights"),
     "random": (lambda m, x: x + vars(m).setdefault("noise", torch.rand(10)), "different logits"),
-    "NaN": (lambda m, x: x * math.nan, "different logits for equal weights (or NaN)"),
+    "NaN": (lambda m, x: x * math.nan, "model.py returns NaN"),
     "two outputs": (lambda m, x: (x, x), "must return one tensor of logits, N x 10"),
     "NaN gradient": (lambda m, x: x + (x - x.detach()).abs().sqrt(), "such as --lr 0.0125"),
 }
