@@ -150,8 +150,8 @@ class Recorder(TorchFunctionMode):
             self.layers.append(Layer(name, input_shape, [], output))
         layer = self.layers[-1]
         layer.operations.append(operation)
-        if operation.op not in RESHAPES:
-            layer.output = output
+        if operation.op not in RESHAPES and operation.op not in LETTERS:
+            layer.output = output.reshape(layer.output.shape)  # an operation may follow flatten
         for tensor in operation.tensors.values():
             memory = (tensor.data_ptr(), tensor.shape)
             if memory not in self.counted:
@@ -188,7 +188,7 @@ def trace(model, image=None):
         Unsupported: the network is not a chain of supported operations.
     """
     first = fixed_image().to(next(model.parameters()).device)
-    second = first.flip(3)
+    second = first.flip(3) / 2
     expected = model.eval()(second.clone())
     with Recorder(model, first if image is None else image.clone()) as recorder:
         output = model(recorder.last)
