@@ -99,7 +99,7 @@ def draw_grid(images, captions, title, path, correct=None):
         color = GRAY
         if correct is not None:
             color = GREEN if correct[i] else RED
-        frame = Rectangle((x - 1, y - 1), 29, 29, fill=False, color=color, linewidth=2.5)
+        frame = Rectangle((x - 0.75, y - 0.75), 28.5, 28.5, fill=False, color=color, linewidth=2.5)
         ax.add_patch(frame)
         style = {"color": color, "fontsize": 9.5, "ha": "center", "va": "top"}
         ax.text(x + 13.5, y + 29, caption, parse_math=False, **style)

@@ -1,7 +1,6 @@
 """Measure how fast train.py and test.py are on this machine, and print a table of tests/README.md.
 
-python tests/benchmark.py           takes 1 to 3 minutes, needs FashionMNIST in data/
-python tests/benchmark.py --busy    the effect of other processes, and of OpenMP settings
+python tests/benchmark.py    takes 1 to 3 minutes, needs FashionMNIST in data/
 
 Training is compared with the loop that tutorials teach: a DataLoader whose dataset pads each image
 and converts it to a tensor, AdamW, and batches of 128. Both loops use the same network and number
@@ -120,76 +119,6 @@ def timed_script(script, data_dir, directory, *options):
     return time.perf_counter() - start, result.stdout
 
 
-def measure_forward(run, data_dir, repeats=5):
-    """Return the median seconds of the forward pass on the full test set."""
-    images, _ = utils.load_images(run["dataset"], data_dir, "test")
-    model = utils.to_device(LeNet(), 10, torch.device("cpu"))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        utils.predict(model, images, mean=run["mean"], std=run["std"])
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def memory_of_training(data_dir, directory):
-    """Return the peak memory of a one-epoch run, without the imports, in MB (10^6 bytes)."""
-    code = f"""
-import re, sys
-sys.path.insert(0, {str(ROOT)!r})
-import train
-def memory(what):
-    return int(re.search(what + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])
-before = memory("VmRSS")
-train.main(sys.argv[1:])
-print("above:", memory("VmHWM") - before)
-"""
-    if not Path("/proc/self/status").exists():
-        return "not measured here"
-    options = [f"--data-dir={data_dir}", f"--output-dir={directory}/memory", "--epochs=1"]
-    line = [sys.executable, "-c", code, *options, "--dataset=FashionMNIST"]
-    out = subprocess.run(line, check=True, capture_output=True, encoding="utf-8").stdout
-    return f"{int(re.search(r'above: (.*)', out)[1]) * 1024 / 1e6:.0f} MB"
-
-
-BUSY = """
-import sys, time
-sys.path[:0] = [{tests!r}, {root!r}]
-import benchmark, torch
-images, labels = torch.randint(256, (10_000, 28, 28), dtype=torch.uint8), torch.arange(10_000) % 10
-epoch = benchmark.own_loop(images, labels, {directory!r})
-for turn in range(8):
-    start = time.perf_counter()
-    epoch()
-    print(time.perf_counter() - start if turn else "warm", flush=True)
-"""
-
-
-def busy_table():
-    """Print seconds for 10,000 images next to other processes, with several OpenMP settings."""
-    settings = {
-        "libgomp's default": {"GOMP_SPINCOUNT": "300000"},
-        "`GOMP_SPINCOUNT=3000`, as train.py sets it": {"GOMP_SPINCOUNT": "3000"},
-        "one thread, `OMP_NUM_THREADS=1`": {"OMP_NUM_THREADS": "1"},
-    }
-    print("| seconds for 10,000 images | idle machine | one other process | two others |")
-    print("|---|---:|---:|---:|")
-    for name, setting in settings.items():
-        cells = []
-        for others in range(3):
-            spin = [sys.executable, "-c", "while True: pass"]
-            busy = [subprocess.Popen(spin) for _ in range(others)]
-            with tempfile.TemporaryDirectory() as directory:
-                code = BUSY.format(tests=str(ROOT / "tests"), root=str(ROOT), directory=directory)
-                line = [sys.executable, "-c", code]
-                out = subprocess.run(line, env=os.environ | setting, capture_output=True, text=True)
-            for process in busy:
-                process.kill()
-                process.wait()
-            cells.append(f"{statistics.median(map(float, out.stdout.split()[1:])):.2f}")
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
-
-
 def processor(threads):
     """Return the name of the processor and the number of threads, as text."""
     try:
@@ -202,13 +131,7 @@ def processor(threads):
 def main():
     parser = argparse.ArgumentParser(description="Measure the speed of train.py and test.py.")
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="with FashionMNIST")
-    text = "measure only training next to other processes"
-    parser.add_argument("--busy", action="store_true", help=text)
     args = parser.parse_args()
-    if args.busy:
-        print(f"{processor(torch.get_num_threads())}; torch {torch.__version__}\n")
-        busy_table()
-        return
     images, labels = utils.load_images("FashionMNIST", args.data_dir, "train")
     utils.load_images("FashionMNIST", args.data_dir, "test")  # fills the cache
 
@@ -219,10 +142,7 @@ def main():
             "train.py", args.data_dir, directory, "--dataset=FashionMNIST", "--epochs=1"
         )
         epoch = float(re.search(r"^ +1/1 .* ([\d.]+)  best", out, re.MULTILINE)[1])
-        best = utils.load_checkpoint(Path(directory, "checkpoints", "FashionMNIST", "best.pt"))
         tested, _ = timed_script("test.py", args.data_dir, directory)
-        forward = measure_forward(best, args.data_dir)
-        memory = memory_of_training(args.data_dir, directory)
     rows = [
         ("Matrix product, float32, 2048 x 2048", f"{rate:.0f} GFLOP/s", ""),
         ("Training epoch, 60,000 images: DataLoader loop", f"{tutorial:.1f} s", ""),
@@ -234,8 +154,6 @@ def main():
         ),
         ("`python train.py --epochs 1`, without the epoch", f"{elapsed - epoch:.1f} s", ""),
         ("`python test.py`", f"{tested:.1f} s", ""),
-        ("Full test set, forward only, 10,000 images", f"{forward:.2f} s", ""),
-        ("Memory of training, without the imports", memory, ""),
     ]
     print(f"{processor(torch.get_num_threads())}; torch {torch.__version__}\n")
     print("| what | measured | |\n|---|---:|---|")

@@ -47,11 +47,7 @@ LABELS = {  # of the ablation
 
 
 def patch_file(name):
-    """Return the path of a patch.
-
-    Raises:
-        utils.Error: there is none of this name.
-    """
+    """Return the path of a patch."""
     path = ROOT / "tests" / "exercises" / f"{name}.diff"
     if not path.exists():
         raise utils.Error(f"there is no exercise {name} in tests/exercises")
@@ -191,7 +187,7 @@ def draw_ablation(results, path):
     ax.set_yticks(range(len(LABELS)), LABELS.values())
     ax.set(ylim=(len(LABELS) - 0.5, -0.75), xlabel="Test accuracy (%)")
     ax.grid(axis="x", alpha=0.3)
-    ax.set_title("LeNet-5 on FashionMNIST: what each ingredient contributes")
+    ax.set_title("LeNet-5 on FashionMNIST: what each method contributes")
     plots.save_figure(figure, path)
 
 
