@@ -1,10 +1,8 @@
 """Measure how fast train.py and test.py are on this machine, and print a table of tests/README.md.
 
-python tests/benchmark.py    takes 1 to 3 minutes, needs FashionMNIST in data/
-
-Training is compared with the loop that tutorials teach: a DataLoader whose dataset pads each image
-and converts it to a tensor, AdamW, and batches of 128. Both loops use the same network and number
-of threads. They take turns, and the ratio is that of the medians.
+It needs FashionMNIST in data/. Training is compared with the loop that tutorials teach: a DataLoader
+whose dataset pads each image and converts it to a tensor, AdamW, and batches of 128. Both loops use
+the same network and number of threads. They take turns, and the ratio is that of the medians.
 """
 
 import argparse

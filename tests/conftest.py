@@ -1,7 +1,7 @@
 """What the tests share: a small dataset, small runs, and two ways to run the scripts.
 
 `run_script` runs a script's `main` in this process, which takes milliseconds. `start_process` runs
-it in a process of its own, forked from a server that has already imported torch: for tests that
+it in a new process, forked from a server that has already imported torch: for tests that
 kill it, send signals or close its output.
 """
 

@@ -71,7 +71,7 @@ def copy_patched(name, directory):
 
 
 def train_and_test(run, patch, args):
-    """Train one seed in a process of its own, unless it is already trained.
+    """Train one seed in a new process, unless it is already trained.
 
     Returns:
         its row of results.csv; test_accuracy is empty for exercises.

@@ -12,7 +12,7 @@ FULL_REPORT = ("relu", "batch-norm")  # the others skip what does not depend on 
 
 
 def follow(directory, log, argv, full_report):
-    """In a process of its own, do with a patched copy of the scripts what a reader does."""
+    """In a new process, do with a patched copy of the scripts what a reader does."""
     sys.stdout = sys.stderr = log.open("w", encoding="utf-8", buffering=1)
     for name in list(sys.modules):
         if name in ("model", "train", "test", "utils") or name.split(".")[0] == "images":
