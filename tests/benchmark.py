@@ -1,8 +1,8 @@
 """Measure how fast train.py and test.py are on this machine, and print a table of tests/README.md.
 
-It needs FashionMNIST in data/. Training is compared with the loop that tutorials teach: a DataLoader
-whose dataset pads each image and converts it to a tensor, AdamW, and batches of 128. Both loops use
-the same network and number of threads. They take turns, and the ratio is that of the medians.
+Training is compared with the loop that tutorials teach: a DataLoader that pads and converts each
+image, AdamW, and batches of 128. Both loops use the same network and number of threads. They take
+turns, and the ratio is that of the medians. FashionMNIST must be in data/.
 """
 
 import argparse
