@@ -331,6 +331,7 @@ def download_split(dataset_class, data_dir, train):
     name, mirrors = dataset_class.__name__, dataset_class.mirrors
     raw = data_dir / name / "raw"
     old_files = set(raw.glob("*-ubyte*"))
+    reason = "it has no mirrors"
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:
