@@ -109,7 +109,7 @@ def expand_path(text):
 def run_name(text):
     """Check the name of a run, which becomes the name of a directory, and return it.
 
-    "page" is not allowed: images/page contains the sources of the page.
+    "page" is not allowed: images/page is reserved for the sources of the page.
     """
     if not re.fullmatch(r"[^\W_][\w .,=+-]{,200}", text) or text == "page":
         raise argparse.ArgumentTypeError(f"{text!r} cannot be a run name; use one such as relu-1")
