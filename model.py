@@ -1,4 +1,4 @@
-"""LeNet-5, from LeCun et al., "Gradient-based learning applied to document recognition", 1998.
+"""LeNet-5, after LeCun et al., "Gradient-based learning applied to document recognition", 1998.
 
 python model.py    print its modules and the number of parameters
 """
@@ -10,7 +10,7 @@ RELU_GAIN = 2**0.5  # for ReLU and its variants; He et al., "Delving deep into r
 
 
 class LeNet(nn.Module):
-    """LeNet-5 for 32x32 grayscale images: 61,706 parameters with 10 classes.
+    """A modern LeNet-5 for 32x32 grayscale images: 61,706 parameters with 10 classes.
 
     Args:
         num_classes: number of outputs.

@@ -24,12 +24,8 @@ def parse_args(argv):
     add("--dataset", choices=("auto", *DATASETS), default="auto", help=text)
     parser.add_shared_options()
     add("--checkpoint", type=utils.expand_path, help="evaluate the weights in this file instead")
-    add(
-        "--seed",
-        type=utils.number_type(int, 0),
-        default=0,
-        help="seed for picking 64 images",
-    )
+    text = "seed of the random sample of 64 test images"
+    add("--seed", type=utils.number_type(int, 0), default=0, help=text)
     text = "classify these pictures, or those in these directories, instead of the test set"
     add("--image", type=utils.expand_path, nargs="+", action="extend", help=text)
     return parser.parse_args(argv)
@@ -63,8 +59,8 @@ def main(argv=None):
     num_classes = len(DATASETS[run["dataset"]].classes)
     model = utils.to_device(LeNet(num_classes), num_classes, device)
     utils.load_weights(path, run, model)
-    full = ", trained on the validation split, too" if run["options"]["full"] else ""
-    print(f"Weights: {shown(path)}, epoch {run['epoch']} of a run on {run['dataset']}{full}")
+    note = ", trained on the validation split, too" if run["options"]["full"] else ""
+    print(f"Weights: {shown(path)}, epoch {run['epoch']} of a run on {run['dataset']}{note}")
     if args.image:
         photos.classify(args, run, model)
         return
@@ -84,7 +80,7 @@ def main(argv=None):
         page.write({run["dataset"]: network}, directory / "lenet5.html")
         print(f"Page:     {shown(directory / 'lenet5.html')}: open it in a browser and draw")
     except Unsupported as error:
-        for name in ("features.png", "lenet5.html"):  # of an earlier network
+        for name in ("features.png", "lenet5.html"):  # may show another network
             (directory / name).unlink(missing_ok=True)
         print(f"Page:     not written, because this network cannot be shown: {error}")
 
@@ -100,9 +96,10 @@ def print_report(run, labels, logits, sample):
     correct = predicted == labels
     count, num_correct = len(labels), correct.sum().item()
     low, high = wilson_interval(num_correct, count)
-    accuracy = f"{num_correct / count:.2%} ({num_correct}/{count}, "
-    print(f"Test accuracy on {dataset}: {accuracy}95% CI {100 * low:.2f}-{100 * high:.2f})")
-    print(f"Test loss on {dataset}: {F.cross_entropy(logits, labels):.4f} ({count})\n")
+    interval = f"95% CI {100 * low:.2f}-{100 * high:.2f}"
+    accuracy = f"{num_correct / count:.2%} ({num_correct}/{count}, {interval})"
+    print(f"Test accuracy on {dataset}: {accuracy}")
+    print(f"Test loss on {dataset}: {F.cross_entropy(logits, labels):.4f} ({count:,} images)\n")
 
     confusion = confusion_matrix(labels, predicted, len(classes))
     print(f"{'True class':<13}{'Accuracy':>18}   Most often confused with")

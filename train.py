@@ -37,19 +37,19 @@ def make_parser():
     add("--dataset", choices=("auto", *DATASETS), default="auto", help=text)
     parser.add_shared_options()
     add("--resume", action="store_true", help="continue the newest run, or the one named by --name")
-    text = "defaults to use; long: 150 epochs, weight decay 0.01, shift 1, label smoothing 0.05"
+    text = "set of defaults; long: 150 epochs, weight decay 0.01, shift 1, label smoothing 0.05"
     add("--recipe", choices=RECIPES, default="default", help=text)
-    add("--epochs", type=number(int, 1), default=20, help="passes over the train split")
+    add("--epochs", type=number(int, 1), default=20, help="passes over the training images")
     add("--batch-size", type=number(int, 1), default=256, help="images per step")
     add("--lr", type=number(float, 1e-12), default=0.05, help="peak learning rate")
     add("--weight-decay", type=number(float, 0), default=0.015, help="decoupled weight decay")
     text = "largest augmentation shift in pixels (default: 1 for digits, 0 for clothes)"
     add("--shift", type=number(int, 0, 28), help=text)
     add("--label-smoothing", type=number(float, 0, 1), default=0.0, help="label smoothing factor")
-    add("--seed", type=number(int, 0), default=0, help="seed of all random numbers")
+    add("--seed", type=number(int, 0), default=0, help="random seed")
     text = "use only the first LIMIT training and LIMIT validation images (default: all)"
     add("--limit", type=number(int, 1), help=text)
-    text = "train on all images, without validation, and keep the last epoch"
+    text = "train on all images without validation, and keep the weights of the last epoch"
     add("--full", action="store_true", help=text)
     return parser
 
@@ -61,7 +61,7 @@ def parse_args(argv):
     """Parse the command line.
 
     Returns:
-        args (namespace): the other options, such as the dataset, the name and the paths.
+        args (namespace): all options except OPTIONS, such as the dataset, the name and the paths.
         options (dict): the OPTIONS, which determine the result and are saved with it.
     """
     parser = make_parser()
@@ -88,8 +88,8 @@ def check_resume_options(argv, run, path):
 class Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum, where the update of each weight matrix is orthogonalized.
 
-    A raw gradient is dominated by a few directions; orthogonalizing makes the update equally large
-    in all of them. A convolution's weight is treated as a matrix with one row per output channel.
+    A raw gradient is dominated by a few directions; orthogonalizing gives all directions about
+    the same size. A convolution's weight is treated as a matrix with one row per output channel.
     Weight decay is decoupled, as in AdamW.
 
     Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024,
@@ -117,13 +117,13 @@ class Muon(torch.optim.Optimizer):
                 average = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
                 update = newton_schulz(p.grad.lerp(average, momentum).flatten(1))
                 rows, columns = update.shape
-                update = update.view(p.shape) * max(1, rows / columns) ** 0.5  # as its authors do
+                update = update.view(p.shape) * max(1, rows / columns) ** 0.5  # as in Muon's code
                 p.mul_(1 - lr * decay).sub_(lr * update)
         return loss
 
 
 def newton_schulz(matrix, steps=3):
-    """Approximate U V^T for a matrix (float, 2-D) with the singular value decomposition U S V^T.
+    """Approximate U V^T, where U S V^T is the singular value decomposition of `matrix` (2-D).
 
     Each step applies a polynomial that raises small singular values quickly and keeps large ones
     between about 0.7 and 1.2. The authors of Muon use 5 steps; 3 are enough here.
@@ -132,9 +132,9 @@ def newton_schulz(matrix, steps=3):
         return newton_schulz(matrix.t(), steps).t()
     x = matrix / (matrix.norm() + 1e-7)
     for _ in range(steps):
-        square = x @ x.t()
-        # x = a x + (b x x^T + c (x x^T)^2) x, with their a, b and c; addmm is the fastest way
-        polynomial = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        gram = x @ x.t()
+        # x = a x + (b x x^T + c (x x^T)^2) x, with Muon's a, b and c; addmm is fastest
+        polynomial = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         x = torch.addmm(x, polynomial, x, beta=3.4445)
     return x
 
@@ -162,7 +162,7 @@ WARMUP = 0.3  # fraction of the run in which the learning rate rises
 def one_cycle(progress):
     """Return the learning rate as a fraction of its peak, at `progress` (0 to 1) through the run.
 
-    Source: Smith and Topin, "Super-convergence", 2017. It rises and falls along cosines.
+    Source: Smith and Topin, "Super-convergence", 2017; here with cosine instead of linear ramps.
     """
     if progress < WARMUP:
         return 0.04 + 0.96 * (1 - math.cos(math.pi * progress / WARMUP)) / 2
@@ -181,7 +181,7 @@ def train(args, run, model, optimizers, train_set, val_set):
             `model`; val_set is None with --full.
 
     Raises:
-        Error: the loss is not finite, or a checkpoint cannot be written.
+        Error: training diverged, or a checkpoint cannot be written.
     """
     options = run["options"]
     for epoch in range(len(run["history"]) + 1, options["epochs"] + 1):
@@ -194,10 +194,8 @@ def train(args, run, model, optimizers, train_set, val_set):
             row["val_loss"], row["val_accuracy"] = (totals / len(labels)).tolist()
         weights_finite = all(p.isfinite().all() for p in model.parameters())
         if not weights_finite or not all(math.isfinite(value) for value in row.values()):
-            raise Error(
-                f"the loss is infinite or NaN in epoch {epoch}: restart with a smaller learning "
-                f"rate, such as --lr {options['lr'] / 4:g}"
-            )
+            advice = f"restart with a smaller learning rate, such as --lr {options['lr'] / 4:g}"
+            raise Error(f"training diverged in epoch {epoch}: {advice}")
         save_epoch(args, run, model, optimizers, row)
         print_epoch(run, time.perf_counter() - start_time)
 
@@ -224,7 +222,7 @@ def train_epoch(run, model, optimizers, train_set, epoch):
     for step, (x, y) in enumerate(bar, start=(epoch - 1) * epoch_steps):
         factor = one_cycle(step / (options["epochs"] * epoch_steps))
         for group in groups:
-            group["lr"] = factor * group.setdefault("initial_lr", group["lr"])  # as torch does
+            group["lr"] = factor * group.setdefault("initial_lr", group["lr"])  # like LRScheduler
         logits = model(x)
         loss = F.cross_entropy(logits, y, label_smoothing=options["label_smoothing"])
         model.zero_grad()
@@ -237,7 +235,7 @@ def train_epoch(run, model, optimizers, train_set, epoch):
 
 
 def loss_and_correct(logits, labels):
-    """Return the summed loss, without label smoothing, and the number of correct predictions."""
+    """Return one tensor: [summed loss without label smoothing, number of correct predictions]."""
     loss = F.cross_entropy(logits, labels, reduction="sum")
     return torch.stack([loss, (logits.argmax(dim=1) == labels).sum()])
 
@@ -297,7 +295,7 @@ def write_metrics(args, run, plot=False):
 
 # --- Output ---------------------------------------------------------------------------------------
 
-COLUMNS = "{:>9}{:>16}{:>13}{:>11}{:>18}{:>11}{:>10}"
+ROW_FORMAT = "{:>9}{:>16}{:>13}{:>11}{:>18}{:>11}{:>10}"
 TITLES = "epoch,learning rate,train loss,accuracy,validation loss,accuracy,seconds".split(",")
 
 
@@ -310,7 +308,7 @@ def print_start(args, run, model):
     probabilities = utils.probabilities(logits)
     if any(torch.allclose(logits, p, atol=1e-4) for p in (probabilities, probabilities.log())):
         text = "forward in model.py ends in a softmax, which the loss applies again: remove it"
-        print(f"Warning: {text}", file=sys.stderr)  # a log_softmax, too
+        print(f"Warning: {text}", file=sys.stderr)  # or a log_softmax
     best = output_path(args, run, "best.pt")
     epoch, epochs = len(run["history"]), run["options"]["epochs"]
     if epoch == epochs:
@@ -320,7 +318,7 @@ def print_start(args, run, model):
         print(f"Run {run['name']}: resuming after epoch {epoch}")
     elif best.exists():
         print(f"Note: this replaces the run in {shown(best.parent)}; use --name to keep it")
-    print(f"\n{COLUMNS.format(*TITLES)}")
+    print(f"\n{ROW_FORMAT.format(*TITLES)}")
 
 
 def print_epoch(run, seconds):
@@ -331,11 +329,11 @@ def print_epoch(run, seconds):
     validated = "val_loss" in row
     cells += [f"{row['val_loss']:.4f}", f"{row['val_accuracy']:.2%}"] if validated else ["-", "-"]
     suffix = "  best so far" if not options["full"] and best_row(history) is row else ""
-    print(COLUMNS.format(*cells, f"{seconds:.1f}") + suffix, flush=True)
+    print(ROW_FORMAT.format(*cells, f"{seconds:.1f}") + suffix, flush=True)
     at_chance = row["train_accuracy"] < 1.5 / len(DATASETS[run["dataset"]].classes)
     warmup_ended = row["epoch"] == math.ceil(WARMUP * options["epochs"])
     steps = row["epoch"] * run["counts"][0] / options["batch_size"]
-    if at_chance and warmup_ended and steps >= 200:  # fewer steps can be too few for any network
+    if at_chance and warmup_ended and steps >= 200:  # with fewer, any network can be at chance
         text = f"accuracy is still at chance level with --lr {options['lr']}; try another value"
         print(f"Warning: {text}", file=sys.stderr)
 
@@ -366,17 +364,19 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args, options = parse_args(argv)
     device = utils.choose_device(args.device)
-    torch.empty(31 * 2**20, dtype=torch.uint8)  # raises glibc's mmap threshold: steps 25% faster
+    torch.empty(31 * 2**20, dtype=torch.uint8)  # freeing it makes glibc reuse memory: 25% faster
+    path = None
+    run = {"name": args.name, "dataset": args.dataset, "options": options, "history": []}
     if args.resume:
         path, run = utils.newest_checkpoint(args, resume=True)
-        check_resume_options(argv, run, path)
-    else:
-        path = None
-        run = {"name": args.name, "dataset": args.dataset, "options": options, "history": []}
+        args.name, args.dataset = run["name"], run["dataset"]
     run["dataset"], images, labels = utils.load_training_images(run["dataset"], args.data_dir)
     run["name"] = run["name"] or run["dataset"]
     with utils.locked(args, run):
-        train_set, val_set = choose_images(run, images, labels, device)
+        if args.resume:  # read it again: another process may have continued it
+            path, run = utils.newest_checkpoint(args, resume=True)
+            check_resume_options(argv, run, path)
+        train_set, val_set = prepare_images(run, images, labels, device)
         model, optimizers = prepare_model(run, path, device)
         print_start(args, run, model)
         try:
@@ -389,10 +389,10 @@ def main(argv=None):
         print_result(args, run, plotted=write_metrics(args, run, plot=True))
 
 
-def choose_images(run, images, labels, device):
+def prepare_images(run, images, labels, device):
     """Split the images according to --full and --limit, and move them to `device`.
 
-    Store in `run` their counts, and the mean and standard deviation of the whole train split.
+    Store the counts in `run`, and the mean and standard deviation as they are without --limit.
 
     Returns:
         (images, labels) for training, and (images, labels) for validation or None.
@@ -412,14 +412,15 @@ def prepare_model(run, path, device):
     """Make the network and its optimizers, and restore them if `run` was read from `path`."""
     options = run["options"]
     num_classes = len(DATASETS[run["dataset"]].classes)
-    reloaded = utils.to_device(LeNet(num_classes), num_classes, torch.device("cpu"))  # not seeded
+    other = utils.to_device(LeNet(num_classes), num_classes, torch.device("cpu"))  # unseeded
     torch.manual_seed(options["seed"])
     model = utils.to_device(LeNet(num_classes), num_classes, device)
-    reloaded.load_state_dict(model.state_dict())
-    if not utils.same_logits(utils.fixed_image_logits(reloaded), utils.fixed_image_logits(model)):
+    # With equal weights, both must return equal logits. Otherwise test.py could not load the run.
+    other.load_state_dict(model.state_dict())
+    if not utils.same_logits(utils.fixed_image_logits(other), utils.fixed_image_logits(model)):
         raise Error(
-            "model.py returns NaN, or different logits for equal weights, so a checkpoint cannot "
-            "restore it: pass training=self.training to F.dropout, and use register_buffer"
+            "forward returns NaN, or different logits for equal weights, so a checkpoint cannot "
+            "restore the network: pass training=self.training to F.dropout; store state in buffers"
         )
     optimizers = make_optimizers(model, options["lr"], options["weight_decay"])
     if path:
@@ -432,7 +433,7 @@ def prepare_model(run, path, device):
 
 
 def restore(path, run, model, optimizers):
-    """Restore weights, optimizers and random numbers from `run`, which was read from `path`."""
+    """Restore the weights, optimizers and RNG state from `run`, which was read from `path`."""
     utils.load_weights(path, run, model)
     if "optimizers" not in run:
         raise Error(f"{shown(path)} contains only weights and cannot be resumed")

@@ -49,15 +49,15 @@ class Unavailable(Error):
 
 
 @contextlib.contextmanager
-def errors_as(message, *kinds):
-    """Turn exceptions of these kinds, raised in a with block, into an `Error`.
+def errors_as(message, *types):
+    """Turn exceptions of these types, raised in a with block, into an `Error`.
 
     Args:
-        message: of the `Error`; REASON in it stands for the message of the exception.
+        message: text of the `Error`; REASON is replaced by the message of the exception.
     """
     try:
         yield
-    except kinds as error:
+    except types as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise Error(message.replace("REASON", reason)) from error
 
@@ -78,7 +78,7 @@ class Parser(argparse.ArgumentParser):
         add = self.add_argument
         add("--name", type=run_name, help="name of the run (default for a new run: its dataset)")
         add("--data-dir", type=expand_path, default=ROOT / "data", help="directory of the datasets")
-        text = "directory for the results, which go to checkpoints/NAME and images/NAME in it"
+        text = "parent directory of the results, checkpoints/NAME and images/NAME"
         add("--output-dir", type=expand_path, default=ROOT, help=text)
         text = "auto: CUDA if available, else CPU; choose a GPU with CUDA_VISIBLE_DEVICES"
         add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help=text)
@@ -190,19 +190,18 @@ def shell_command(script, args, run, *options):
 
 @contextlib.contextmanager
 def locked(args, run):
-    """Create the checkpoint directory of `run`, and keep others out of it during a with block.
+    """Create the checkpoint directory of `run`, and lock it during a with block.
 
     Raises:
         Error: another run is using it, or it is not writable.
     """
-    directory, pictures = [output_path(args, run, name).parent for name in ("*.pt", "*.png")]
+    directory = output_path(args, run, "best.pt").parent
+    pictures = output_path(args, run, "metrics.png").parent
     message = f"cannot write to {shown(directory)}: REASON; choose another --output-dir"
     with errors_as(message, OSError):
         directory.mkdir(parents=True, exist_ok=True)
-        try:
+        with errors_as(f"another run is using {shown(directory)}: choose another --name", Timeout):
             lock = file_lock(directory, timeout=0)
-        except Timeout:
-            raise Error(f"another run is using {shown(directory)}: choose another --name") from None
         for leftover in [*directory.glob("*.tmp"), *pictures.glob("*.tmp")]:  # of a killed run
             leftover.unlink(missing_ok=True)
     with lock:
@@ -212,8 +211,8 @@ def locked(args, run):
 def file_lock(directory, timeout=-1):
     """Lock `directory`, or print a warning if its file system does not support locks.
 
-    Wait up to `timeout` seconds (-1: forever). The lock is released at the end of a with block, or
-    by the operating system when the process ends.
+    Wait up to `timeout` seconds (-1: forever). Return a context manager that releases the lock; if
+    the process ends first, the operating system releases it.
 
     Raises:
         filelock.Timeout: another process still holds the lock.
@@ -263,14 +262,14 @@ def load_images(dataset, data_dir, split):
 
     Args:
         dataset: a key of DATASETS.
-        data_dir: directory in torchvision's layout, such as FashionMNIST/raw/*.gz.
+        data_dir: root of the datasets, as in torchvision; contains FashionMNIST/raw/*.gz.
         split: "train" (60,000 images) or "test" (10,000).
 
     Returns:
         images (uint8, N x 28 x 28, bright on black) and labels (int64, N).
 
     Raises:
-        Unavailable: the dataset is neither on disk nor can it be downloaded.
+        Unavailable: the dataset is neither on disk nor downloadable.
         Error: its files are damaged, or torchvision does not work.
     """
     if split not in ("train", "test"):
@@ -279,8 +278,9 @@ def load_images(dataset, data_dir, split):
     if cache.exists():
         try:
             cached = load(cache)
-            return cached["images"], cached["labels"]
-        except (Error, KeyError, TypeError) as error:
+            with errors_as(f"{shown(cache)} is damaged", KeyError, TypeError):
+                return cached["images"], cached["labels"]
+        except Error as error:
             print(f"Warning: {error}; creating {shown(cache)} again", file=sys.stderr)
     if dataset == "Glyphs":
         images, labels = draw_glyphs(split)
@@ -312,13 +312,10 @@ def load_training_images(dataset, data_dir):
 
 def read_with_torchvision(dataset, data_dir, train):
     """Read one split with torchvision, which unpacks or downloads missing files."""
-    try:  # imported only here, because it takes seconds
-        from torchvision import datasets
-    except (ImportError, RuntimeError) as error:
-        raise Error(
-            f"torchvision does not work with torch {torch.__version__} ({error}): install matching "
-            "versions with pip install --upgrade --force-reinstall torch torchvision"
-        ) from error
+    message = f"torchvision does not work with torch {torch.__version__} (REASON): install "
+    message += "matching versions with pip install --upgrade --force-reinstall torch torchvision"
+    with errors_as(message, ImportError, RuntimeError):
+        from torchvision import datasets  # only here, because it takes seconds
     dataset_class = getattr(datasets, dataset)
     try:
         return read_split(dataset_class, data_dir, train)
@@ -327,7 +324,7 @@ def read_with_torchvision(dataset, data_dir, train):
 
 
 def download_split(dataset_class, data_dir, train):
-    """Unpack archives, or download them from the first mirror that works, and read one split."""
+    """Unpack archives or download them from the first working mirror, then read one split."""
     name, mirrors = dataset_class.__name__, dataset_class.mirrors
     raw = data_dir / name / "raw"
     old_files = set(raw.glob("*-ubyte*"))
@@ -336,9 +333,9 @@ def download_split(dataset_class, data_dir, train):
     socket.setdefaulttimeout(TIMEOUT)
     try:
         raw.mkdir(parents=True, exist_ok=True)
-        with file_lock(raw.parent):  # the first of several runs downloads for all
+        with file_lock(raw.parent):  # one process downloads, the others wait
             for mirror in [*mirrors, *DATASETS[name].mirrors]:
-                dataset_class.mirrors = [mirror]
+                dataset_class.mirrors = [mirror]  # torchvision's own loop stops at a timeout
                 try:
                     return read_split(dataset_class, data_dir, train, download=True)
                 except (OSError, RuntimeError, HTTPException) as error:
@@ -352,7 +349,7 @@ def download_split(dataset_class, data_dir, train):
         dataset_class.mirrors = mirrors
     text = f"and cannot be downloaded ({reason}): put its four .gz files into {shown(raw)}"
     if old_files:
-        raise Error(f"{name} is incomplete or damaged {text}, and nothing else")
+        raise Error(f"{name} is incomplete or damaged {text}; delete the others")
     raise Unavailable(f"{name} is missing {text}")
 
 
@@ -361,7 +358,7 @@ def read_split(dataset_class, data_dir, train, download=False):
     name = dataset_class.__name__
     directory = shown(data_dir / name)
     message = f"the files in {directory} are damaged: delete this directory"
-    with errors_as(message, AssertionError, KeyError, ValueError):
+    with errors_as(message, AssertionError, KeyError, TypeError, ValueError):
         data = dataset_class(data_dir, train=train, download=download)
     count, num_classes = len(data.targets), len(DATASETS[name].classes)
     if data.data.shape != (count, 28, 28) or data.targets.max() >= num_classes:
@@ -376,7 +373,7 @@ def split_train_validation(images, labels, per_class=500):
     """Split off a validation set: evenly spaced images of each class, the same for every seed.
 
     Returns:
-        (images, labels) of the train split and (images, labels) of the validation split.
+        (images, labels) of the training set and (images, labels) of the validation set.
     """
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
@@ -465,8 +462,8 @@ def predict(model, images, mean, std, batch_size=1000):
         ValueError: the images have the wrong dtype or shape.
     """
     if images.dtype != torch.uint8 or images.shape[1:] != (28, 28):
-        kind = f"{type(images).__name__} of {images.dtype}, {tuple(images.shape)}"
-        raise ValueError(f"images must be a uint8 tensor, N x 28 x 28, not a {kind}")
+        found = f"{type(images).__name__} of {images.dtype}, {tuple(images.shape)}"
+        raise ValueError(f"images must be a uint8 tensor, N x 28 x 28, not a {found}")
     model.eval()
     padded = (F.pad(x, [2] * 4) for x in images.split(batch_size))
     return torch.cat([model(normalize(x, mean, std)) for x in padded])
@@ -551,7 +548,7 @@ def save(obj, path):
 
 
 def load(path):
-    """Read a file written by `save` onto the CPU. Code in the file is never executed.
+    """Read a file that `save` wrote; tensors are on the CPU. Code in the file is never executed.
 
     Raises:
         Error: the file is missing, damaged, or contains other objects.
@@ -569,36 +566,38 @@ def load(path):
 def load_checkpoint(path):
     """Read a checkpoint: a dict, called a run, with these keys.
 
-    version; name; dataset: a key of DATASETS; options: those of train.py; counts: of training and
-    validation images; mean, std: of the pixels; history: one row of METRICS per epoch; epoch: of
-    these weights; model: their state dict; logits: for a fixed image; code: source of the class;
-    snapshots: earlier weights; optimizers, rng_state: states to resume.
+    model: weights, as a state dict; epoch: number of epochs trained
+    snapshots: weights after earlier epochs, for lenet5.html
+    history: one row of METRICS per epoch
+    name, dataset, options: settings of train.py
+    counts: numbers of training and validation images; mean, std: of the training pixels
+    logits: output for `fixed_image`, to detect a changed network; code: source of the class
+    optimizers, rng_state: states needed to resume; not in the pretrained files
+    version: CHECKPOINT_VERSION
 
     Raises:
         Error: as `load`; also if the file is not a checkpoint of this version.
     """
     run = load(path)
     if not isinstance(run, dict) or run.get("version") != CHECKPOINT_VERSION:
-        raise Error(
-            f"{shown(path)} is not a checkpoint of this version of train.py: train again, or use "
-            "the version that wrote it"
-        )
+        advice = "train again, or use the version that wrote it"
+        raise Error(f"{shown(path)} is not a checkpoint of this version of train.py: {advice}")
     if run["dataset"] not in DATASETS:
         raise Error(f"{shown(path)} was trained on {run['dataset']}, which is not in DATASETS")
-    with errors_as(f"{shown(path)} has an invalid name: REASON", argparse.ArgumentTypeError):
+    with errors_as(f"{shown(path)} has an invalid run name: REASON", argparse.ArgumentTypeError):
         run_name(run["name"])  # outputs go to a directory of this name
     return run
 
 
 def newest_checkpoint(args, resume=False):
-    """Return the path and contents of best.pt of the newest run that `args` select.
+    """Return the path and contents of best.pt of the newest run that --name and --dataset select.
 
-    With `resume`, return last.pt instead, unless the run was killed after it wrote best.pt: then
-    last.pt is missing, one epoch behind, or part of an older run.
+    With `resume`, return last.pt instead if it continues best.pt. If the run was killed between
+    writing the two, it does not: then last.pt is missing, one epoch behind, or from an older run.
 
     Raises:
         Unavailable: no run matches.
-        Error: a run cannot be read; without --name or `resume`, it is skipped.
+        Error: the run cannot be read. Without --name and `resume`, it is skipped instead.
     """
 
     def modified(best):
@@ -634,15 +633,15 @@ def best_row(history):
 
 
 def fixed_image():
-    """Return a test image with varied contents, a wave pattern (float, 1 x 1 x 32 x 32)."""
+    """Return a synthetic image with varied contents, a wave pattern (float, 1 x 1 x 32 x 32)."""
     return torch.linspace(0, 30, 1024).sin().view(1, 1, 32, 32)
 
 
 @torch.no_grad()
 def fixed_image_logits(model):
-    """Compute the logits of `model` for a fixed image, to detect a changed network."""
+    """Compute the logits of `model` for `fixed_image` on the CPU, in evaluation mode."""
     device = next(model.parameters()).device
-    model.eval()(fixed_image().to(device))  # drops stored autograd graphs, for deepcopy
+    model.eval()(fixed_image().to(device))  # deepcopy rejects outputs stored with a graph
     return copy.deepcopy(model).cpu()(fixed_image())  # devices round differently
 
 
@@ -659,9 +658,12 @@ def source_code(model):
         return ""
 
 
-def statements(code):
-    """Return the lines of a class without indentation, docstrings, comments and blank lines."""
-    tree = ast.parse(textwrap.dedent(code))
+def code_lines(code):
+    """Return the lines of a class without indentation, docstrings, comments or blank lines."""
+    try:
+        tree = ast.parse(textwrap.dedent(code))
+    except SyntaxError:  # saved by a newer Python
+        return []
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):  # a docstring
             node.value.value = None
@@ -671,7 +673,7 @@ def statements(code):
 
 def first_change(old, new):
     """Describe the first place where two versions of a class differ, or return ""."""
-    old, new = statements(old), statements(new)
+    old, new = code_lines(old), code_lines(new)
     for tag, i, j, k, m in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
         if tag != "equal" and old and new:  # both are available
             texts = [textwrap.shorten(" ".join(lines), 100) for lines in (old[i:j], new[k:m])]

@@ -35,10 +35,8 @@ def draw_layer(ax, layer, left):
     """Draw maps as a stack, or units as a bar. Return the front map or bar: x, y, width, height."""
     count, rows, columns = (*layer.output.shape, 1, 1)[:3]
     if rows * columns > 1:
-        label = f"{count}@{rows}x{columns}"
         width, height, planes = columns * PIXEL, rows * PIXEL, min(count, 40)
     else:
-        label = f"{count}"
         left += 0.8  # room for the texts below
         width, height, planes = BAR, 0.03 * min(count, 150) + 0.3, 1
     step = min(0.2, 1.6 / planes)
@@ -46,7 +44,7 @@ def draw_layer(ax, layer, left):
     for i in range(planes):
         x, y = left + i * step, spread / 2 - i * step - height / 2
         draw_box(ax, x, y, width, height, COLORS[layer.name[0]], zorder=2)
-    text = f"{layer.name.upper()}\n{label}"
+    text = f"{layer.name.upper()}\n{'x'.join(map(str, layer.output.shape))}"
     ax.text(left, (height + spread) / 2 + 0.12, text, va="bottom", fontsize=13)
     return x, y, width, height
 

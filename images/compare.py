@@ -20,7 +20,7 @@ def differences(runs):
     described = []
     for run in runs:
         options = [f"{name.replace('_', '-')} {value}" for name, value in run["options"].items()]
-        described.append(options + utils.statements(run["code"]))
+        described.append(options + utils.code_lines(run["code"]))
     common = [line for line in described[0] if all(line in lines for lines in described)]
     return ["; ".join(line for line in lines if line not in common) for lines in described]
 

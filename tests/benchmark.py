@@ -147,10 +147,10 @@ def main():
         (
             "Training epoch, 60,000 images: `train.py`",
             f"{own:.2f} s",
-            f"{tutorial / own:.1f} times as fast as the DataLoader loop; {own / limit:.1f} times "
-            f"the limit of {limit:.2f} s (its operations at the rate of the matrix product)",
+            f"{tutorial / own:.1f} times as fast as the DataLoader loop; the minimum would be "
+            f"{limit:.2f} s, if all its operations ran at the rate of the matrix product",
         ),
-        ("`python train.py --epochs 1`, without the epoch", f"{elapsed - epoch:.1f} s", ""),
+        ("`python train.py --epochs 1`: start, loading and saving", f"{elapsed - epoch:.1f} s", ""),
         ("`python test.py`", f"{tested:.1f} s", ""),
     ]
     print(f"{processor(torch.get_num_threads())}; torch {torch.__version__}\n")

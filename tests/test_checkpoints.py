@@ -73,7 +73,7 @@ def test_damaged_and_foreign_files_are_rejected(run, options, error_of):
     utils.save(good | {"dataset": "Letters"}, path)
     assert "was trained on Letters, which is not in DATASETS" in error_of(*argv)
     utils.save(good | {"name": "../../home"}, path)
-    assert "has an invalid name: '../../home'" in error_of(*argv)
+    assert "has an invalid run name: '../../home'" in error_of(*argv)
     for _ in range(30):  # a flipped bit is noticed or has no effect
         damaged = bytearray(data)
         damaged[rng.randrange(len(data))] ^= 1 << rng.randrange(8)

@@ -70,7 +70,7 @@ def test_report_and_confusion_matrix_agree_with_a_count_from_scratch(report):
         Weights: {report.directory}/checkpoints/Glyphs/best.pt, epoch {report.saved["epoch"]}
         of a run on Glyphs
         Test accuracy on Glyphs: {hits / 400:.2%} ({hits}/400, 95% CI {low:.2f}-{high:.2f})
-        Test loss on Glyphs: {F.cross_entropy(report.layers[-1], report.labels):.4f} (400)
+        Test loss on Glyphs: {F.cross_entropy(report.layers[-1], report.labels):.4f} (400 images)
         True class Accuracy Most often confused with {rows}
         Accuracy on 64 random test images: {sampled / 64:.1%} ({sampled}/64)
         Pictures: {report.directory}/images/Glyphs

@@ -131,7 +131,7 @@ def test_picture_shows_all_layers(tmp_path, monkeypatch):
     architecture.draw(trace(Functions()), tmp_path / "picture.png")
     [ax] = figures[0].axes
     texts = sorted((*text.get_position(), " ".join(text.get_text().split())) for text in ax.texts)
-    names = ["INPUT 1@32x32", "C1 6@30x28", "S2 6@10x14", "F3 20", "OUTPUT 10"]
+    names = ["INPUT 1x32x32", "C1 6x30x28", "S2 6x10x14", "F3 20", "OUTPUT 10"]
     assert [text for _, y, text in texts if y > 0] == names
     below = "div 2 + sub 1 values + 3x5 convolution|3x2 average pooling + add 6 values + relu"
     below += "|fully connected + tanh + mul 1.716|fully connected"

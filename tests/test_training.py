@@ -224,7 +224,7 @@ NETWORKS = {  # a change of the logits, and the message about it
     "log_softmax": (lambda m, x: x.log_softmax(dim=1), "forward in model.py ends in a softmax"),
     "dropout": (lambda m, x: F.dropout(x), "different logits for equal weights"),
     "random": (lambda m, x: x + vars(m).setdefault("noise", torch.rand(10)), "different logits"),
-    "NaN": (lambda m, x: x * math.nan, "model.py returns NaN"),
+    "NaN": (lambda m, x: x * math.nan, "forward returns NaN"),
     "two outputs": (lambda m, x: (x, x), "must return one tensor of logits, N x 10"),
     "NaN gradient": (lambda m, x: x + (x - x.detach()).abs().sqrt(), "such as --lr 0.0125"),
 }
