@@ -20,7 +20,7 @@ from utils import DATASETS, Error, output_path, shown
 def parse_args(argv):
     parser = utils.Parser("Evaluate a trained LeNet-5 on the test set, or on your own pictures.")
     add = parser.add_argument
-    text = "evaluate the newest run on this dataset, or its pretrained weights; auto: any dataset"
+    text = "the newest run trained on this dataset, or its pretrained weights; auto: any dataset"
     add("--dataset", choices=("auto", *DATASETS), default="auto", help=text)
     parser.add_shared_options()
     add("--checkpoint", type=utils.expand_path, help="evaluate the weights in this file instead")
@@ -86,7 +86,7 @@ def main(argv=None):
 
 
 def print_report(run, labels, logits, sample):
-    """Print loss and accuracy: on all images, by class, and on the images in `sample`.
+    """Print the loss, and the accuracy on all images, by class, and on those in `sample`.
 
     Args:
         labels: int64, N; logits: float, N x classes; sample: indices of images, int64.

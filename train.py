@@ -392,7 +392,7 @@ def main(argv=None):
 def prepare_images(run, images, labels, device):
     """Split the images according to --full and --limit, and move them to `device`.
 
-    Store the counts in `run`, and the mean and standard deviation as they are without --limit.
+    Store the counts in `run`, and the mean and standard deviation, which ignore --limit.
 
     Returns:
         (images, labels) for training, and (images, labels) for validation or None.

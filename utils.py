@@ -597,7 +597,7 @@ def newest_checkpoint(args, resume=False):
 
     Raises:
         Unavailable: no run matches.
-        Error: the run cannot be read. Without --name and `resume`, it is skipped instead.
+        Error: the run cannot be read. With neither --name nor `resume`, it is skipped.
     """
 
     def modified(best):
@@ -641,7 +641,7 @@ def fixed_image():
 def fixed_image_logits(model):
     """Compute the logits of `model` for `fixed_image` on the CPU, in evaluation mode."""
     device = next(model.parameters()).device
-    model.eval()(fixed_image().to(device))  # deepcopy rejects outputs stored with a graph
+    model.eval()(fixed_image().to(device))  # clears stored graphs, which deepcopy rejects
     return copy.deepcopy(model).cpu()(fixed_image())  # devices round differently
 
 
