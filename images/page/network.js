@@ -31,7 +31,7 @@ const indexOf = ({height, width}, map, row, column) => (map * height + row) * wi
 // in the order of the kernel's weights; -1 is padding. A linear layer sees maps of one value.
 function windowsOf({operations: [{op, attributes}], before, after}) {
   if (op === "linear")
-    return {kernel: [1, 1], seen: before.size, sharing: after.maps, places: [0], mapArea: 1};
+    return {kernel: [1, 1], seen: before.size, sharing: after.maps, places: Int32Array.of(0), mapArea: 1};
   const {kernel_size: kernel, stride, dilation = [1, 1]} = attributes;
   const {groups = op === "conv2d" ? 1 : after.maps} = attributes;
   const named = {valid: [0, 0], same: kernel.map((n, axis) => (dilation[axis] * (n - 1)) >> 1)};
@@ -239,11 +239,14 @@ function confusions({arrays, classes: {length}}, epoch, label) {
 
 // The smallest box around all that is drawn on the pad, or null.
 function boundingBox(drawing) {
-  const rows = count(PAD.height, y => drawing.subarray(PAD.width * y, PAD.width * (y + 1)));
-  const drawn = rows.map(row => row.some(Boolean)), columns = count(PAD.width, x => rows.some(row => row[x]));
-  const [top, left] = [drawn, columns].map(side => side.indexOf(true));
-  const [bottom, right] = [drawn, columns].map(side => side.lastIndexOf(true));
-  return top < 0 ? null : {top, left, height: bottom - top + 1, width: right - left + 1};
+  let [top, bottom, left, right] = [PAD.height, -1, PAD.width, -1];
+  for (let i = 0; i < PAD.size; i++) {
+    if (!drawing[i]) continue;
+    const row = Math.floor(i / PAD.width), column = i % PAD.width;
+    [top, bottom] = [Math.min(top, row), row];
+    [left, right] = [Math.min(left, column), Math.max(right, column)];
+  }
+  return bottom < 0 ? null : {top, left, height: bottom - top + 1, width: right - left + 1};
 }
 
 // The mean of each cell, where a box of the pad is divided into cells. Each has 10x10 points.

@@ -147,15 +147,15 @@ function buildLayers() {
     make("figure", {}, titleOf(layer), scaleOf(layer.range), layer.maps)));
   element("output").querySelector("figcaption").replaceWith(titleOf(last));
   fill(element("classes"), ...state.net.classes.map((name, i) => make("li", {}, make("button",
-    handlers(() => ({layer: last, i})), span("name", name), make("i", {}), span("number")))));
+    handlers(() => ({layer: last, i})), span("name", name), span("share"), span("number")))));
 }
 
 // Make the layers as large as the page has room for.
 function arrange() {
   const layers = state.net.layers.slice(0, -1), room = element("layers").clientWidth;
-  const widthAt = unit => sum(layers.map(({width}) => Math.max(64, width * unit) + 12));
-  let unit = innerWidth < 1200 ? 1 : clamp((innerHeight - 390) / 560, 0.72, 1.8);
-  while (innerWidth >= 760 && unit > 0.5 && widthAt(unit) > room) unit -= 0.02; // else they wrap
+  const widthAt = unit => sum(layers.map(({width}) => Math.max(64, width * unit + 4) + 8));
+  let unit = innerWidth < 1280 ? 1 : clamp((innerHeight - 390) / 560, 0.7, 1.8);
+  while (innerWidth >= 760 && unit > 0.3 && widthAt(unit) > room + 8) unit -= 0.02; // else they wrap
   element("layers").style.setProperty("--unit", `${unit}px`);
 }
 
@@ -243,7 +243,7 @@ function renderPanel() {
   if (!value) return;
   const {layer, i} = value, shown = show(valuesOf(layer)[i], layer.decimals);
   for (const step of explain(net, steps, value)) rows.push(...RENDER[step.kind](step, layer));
-  const difference = layer === lastLayer() && canCompare(net) ? renderDifference(i) : [];
+  const difference = pinned && layer === lastLayer() && canCompare(net) ? renderDifference(i) : [];
   const maps = pinned && layer.index && layer.after.area > 1 ? renderMaps(value) : [];
   element("title").textContent = `${valueName(value)}: ${shown}`;
   element("unpin").textContent = pinned ? "Unpin (Esc)" : "Pin";
@@ -268,13 +268,13 @@ const RENDER = {
     const source = state.net.layers[layer.index - 1], units = layer.windows.kernel[0] === 1;
     const draw = units ? term => unitTerm(term, source) : term => mapTerm(term, layer, source);
     return [caption(`Contributions from ${source.name}, largest first (red adds, blue subtracts)`),
-      ...sumRows(step, units ? 8 : 32, draw), row("Sum", show(step.total, step.digits.result))];
+      ...sumRows(step, draw), row("Sum", show(step.total, step.digits.result))];
   },
 };
 
-// The terms of a sum, drawn by `draw`, with bars. After `most` of them, the others are folded away.
-function sumRows({terms, bias, rounding, digits}, most, draw) {
-  const others = terms.slice(most), rest = sum(others.map(({total}) => total));
+// The terms of a sum, drawn by `draw`, with bars. All but the largest eight are folded away.
+function sumRows({terms, bias, rounding, digits}, draw) {
+  const others = terms.slice(8), rest = sum(others.map(({total}) => total));
   const longest = maxAbs([terms[0].total, rest, bias ?? 0]) || 1;
   const bar = number => {
     const width = Math.min(100, (100 * Math.abs(number)) / longest);
@@ -284,7 +284,7 @@ function sumRows({terms, bias, rounding, digits}, most, draw) {
   };
   const line = (name, number) => make("p", {className: "term"}, span("name", name), ...bar(number));
   const drawn = list => list.map(term => draw({...term, digits, bar: bar(term.total)}));
-  const rows = drawn(terms.slice(0, most));
+  const rows = drawn(terms.slice(0, 8));
   if (others.length) {
     const summary = [span("name", `${others.length} smaller terms together`), ...bar(rest)];
     rows.push(details("others", summary, () => drawn(others)));
@@ -314,8 +314,10 @@ function mapTerm({map, window, kernel, products, total, digits, bar}, layer, sou
     span("", "× ", cells(kernel, color, digits.weights, "kernel")),
     span("", "= ", cells(products, diverging(maxAbs(products)), digits.result,
       `products, in total ${show(total, digits.result)}`)))];
+  const title = span("name", name.replace(/.*, /, ""));
+  if (!state.pinned) return make("p", {className: "term"}, title, ...bar); // pictures would be slow
   const product = span("product", picture(shape, window, shade), " × ", picture(shape, kernel, color));
-  return details(`map ${map}`, [span("name", name.replace(/.*, /, "")), product, ...bar], equation);
+  return details(`map ${map}`, [title, product, ...bar], equation);
 }
 
 // Which units make the network prefer one class to another.
@@ -328,7 +330,7 @@ function renderDifference(first) {
   const [name, other] = [classes[first], classes[second]];
   return [make("h3", {}, `Why ${name} and not `, choice, "?"),
     caption(`${source.name} × difference of weights: red speaks for ${name}, blue for ${other}`),
-    ...sumRows(step, 8, term => unitTerm(term, source)),
+    ...sumRows(step, term => unitTerm(term, source)),
     row(`Score of ${name} − score of ${other}`, show(step.total, step.digits.result))];
 }
 
@@ -511,8 +513,8 @@ function renderAnswer() {
   element("answer").textContent = image ? classes[answer] : "";
   element("verdict").textContent = kind === "drawing" ? "" : verdict;
   element("verdict").className = correct ? "" : "mistake";
-  element("why").hidden = !image || !canCompare(net);
-  element("why").textContent = `Why ${classes[answer]} and not ${classes[rival]}?`;
+  const why = image ? `Why ${classes[answer]} and not ${classes[rival]}?` : "Why?";
+  Object.assign(element("why"), {hidden: !canCompare(net), disabled: !image, textContent: why});
   element("why").onclick = () => compare(answer, rival);
   [...element("classes").children].forEach(({firstChild: {children: [, bar, number]}}, i) => {
     bar.style.width = `${image ? 100 * chances[i] : 0}%`;
