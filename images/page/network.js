@@ -26,12 +26,13 @@ function coordinates({area, width}, i) {
 
 const indexOf = ({height, width}, map, row, column) => (map * height + row) * width + column;
 
-// How a layer sees the one before. Each output map sees `seen` input maps, and `sharing` output maps
-// see the same ones. For each output position, `places` lists where its window lies in an input map,
-// in the order of the kernel's weights; -1 is padding. A linear layer sees maps of one value.
+// How a layer sees the one before. Each output map sees `seen` input maps, and `sharing` output
+// maps see the same ones. For each output position, `places` lists where its window lies in an
+// input map, in the order of the kernel's weights; -1 is padding. A linear layer sees maps of one
+// value.
 function windowsOf({operations: [{op, attributes}], before, after}) {
-  if (op === "linear")
-    return {kernel: [1, 1], seen: before.size, sharing: after.maps, places: Int32Array.of(0), mapArea: 1};
+  const one = {kernel: [1, 1], places: Int32Array.of(0), mapArea: 1};
+  if (op === "linear") return {...one, seen: before.size, sharing: after.maps};
   const {kernel_size: kernel, stride, dilation = [1, 1]} = attributes;
   const {groups = op === "conv2d" ? 1 : after.maps} = attributes;
   const named = {valid: [0, 0], same: kernel.map((n, axis) => (dilation[axis] * (n - 1)) >> 1)};
@@ -76,7 +77,8 @@ function receptiveField(layers, {layer, i}) {
       clamp(along(axis, start + length - 1, kernel[axis] - 1), 0, limit - 1),
     ];
     const [up, down] = side(0, top, height, before.height);
-    const [from, to] = side(1, left, width, before.width), group = n => Math.floor(n / sharing) * seen;
+    const [from, to] = side(1, left, width, before.width);
+    const group = n => Math.floor(n / sharing) * seen;
     boxes[k - 1] = {first: group(first), last: group(last) + seen - 1,
       top: up, left: from, height: down - up + 1, width: to - from + 1};
   }
@@ -347,8 +349,13 @@ function describeStep({mean, std}, operation, x, i) {
       text: (m, s) => `(pixel ${pixel} ÷ 255 − ${m}) ÷ ${s}`,
     };
   }
-  const one = ELEMENTWISE[op] ?? (op === "log_softmax" ? value => value - x[i] + Math.log(softmax(x)[i]) : value => value);
-  return {numbers: [x[i]], compute: ([value]) => one(value, at), text: value => `${name}(${value})`};
+  const change = op === "log_softmax" ? Math.log(softmax(x)[i]) - x[i] : 0; // or nothing at all
+  const compute = ELEMENTWISE[op] ?? (value => value + change);
+  return {
+    numbers: [x[i]],
+    compute: ([value]) => compute(value, at),
+    text: value => `${name}(${value})`,
+  };
 }
 
 // A term of a sum: a window of an input map times a kernel. Rounded numbers give rounded products.

@@ -40,13 +40,14 @@ function make(tag, {style = "", key = "", ...properties}, ...children) {
 
 const span = (className, ...children) => make("span", {className}, ...children);
 const caption = text => make("p", {className: "caption"}, text);
-const row = (label, number) => make("p", {className: "row"}, span("", label), span("number", number));
+const row = (label, number) =>
+  make("p", {className: "row"}, span("", label), span("number", number));
 
 // Replace the children of an element. The focus stays on the element with the same key.
 function fill(container, ...children) {
-  const focused = document.activeElement, {key} = focused.dataset, inside = container.contains(focused);
+  const focused = container.contains(document.activeElement) && document.activeElement.dataset.key;
   container.replaceChildren(...children);
-  if (inside && key) container.querySelector(`[data-key="${key}"]`)?.focus({preventScroll: true});
+  if (focused) container.querySelector(`[data-key="${focused}"]`)?.focus({preventScroll: true});
 }
 
 const gray = ([low, high]) => value => {
@@ -77,17 +78,18 @@ function picture({height, width}, values, color) {
   return paint(make("canvas", {height, width}), values, color);
 }
 
-// A picture with a frame that can outline a box of it.
+// A picture with a frame around a box of it.
 function framed(shape, values, color, box) {
-  const made = make("span", {className: "framed"}, picture(shape, values, color), make("i", {}));
-  return placeFrame(made.lastChild, box, shape) && made;
+  const frame = make("i", {});
+  placeFrame(frame, box, shape);
+  return make("span", {className: "framed"}, picture(shape, values, color), frame);
 }
 
-function placeFrame(frame, box, shape) {
+function placeFrame(frame, box, {height, width}) {
   frame.hidden = !box;
-  for (const side of box ? ["left", "top", "width", "height"] : [])
-    frame.style[side] = `${(100 * box[side]) / shape[/left|width/.test(side) ? "width" : "height"]}%`;
-  return frame;
+  if (!box) return;
+  const part = {left: width, top: height, width, height};
+  for (const side in part) frame.style[side] = `${(100 * box[side]) / part[side]}%`;
 }
 
 // Which value of a picture is at the position of an event.
@@ -155,7 +157,8 @@ function arrange() {
   const layers = state.net.layers.slice(0, -1), room = element("layers").clientWidth;
   const widthAt = unit => sum(layers.map(({width}) => Math.max(64, width * unit + 4) + 8));
   let unit = innerWidth < 1280 ? 1 : clamp((innerHeight - 390) / 560, 0.7, 1.8);
-  while (innerWidth >= 760 && unit > 0.3 && widthAt(unit) > room + 8) unit -= 0.02; // else they wrap
+  if (innerWidth >= 760) // otherwise they wrap
+    while (unit > 0.3 && widthAt(unit) > room + 8) unit -= 0.02;
   element("layers").style.setProperty("--unit", `${unit}px`);
 }
 
@@ -179,9 +182,11 @@ function valueAt(layer, event) {
   return map < 0 ? null : {layer, i: indexOf(layer.after, map, ...positionOf(event, layer.after))};
 }
 
+const ARROWS = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1]};
+
 // The direction of an arrow key, [down, across], or undefined.
 function arrowOf(event) {
-  const arrow = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1]}[event.key];
+  const arrow = ARROWS[event.key];
   if (arrow) event.preventDefault();
   return arrow;
 }
@@ -217,7 +222,8 @@ function valueName({layer, i}) {
 
 // Details that stay open when the panel is filled again. Their content is made when they open.
 function details(key, summary, content) {
-  const open = state.opened.has(key), made = make("details", {open}, make("summary", {key}, ...summary));
+  const open = state.opened.has(key);
+  const made = make("details", {open}, make("summary", {key}, ...summary));
   if (open) made.append(...content());
   made.ontoggle = () => {
     state.opened[made.open ? "add" : "delete"](key);
@@ -298,9 +304,10 @@ function sumRows({terms, bias, rounding, digits}, draw) {
 function unitTerm({map: i, window, kernel, pair, digits, bar}, layer) {
   const [a, b] = (pair ?? kernel).map(weight => show(weight, digits.weights));
   const factor = pair ? `(${a} − ${inParentheses(b)})` : inParentheses(a);
-  const text = valueName({layer, i}).replace(`${layer.name}, `, ""), className = "link";
+  const text = valueName({layer, i}).replace(`${layer.name}, `, "");
   const onclick = () => select({layer, i}, true);
-  return make("p", {className: "term"}, span("name", make("button", {className, key: text, onclick}, text)),
+  const link = make("button", {className: "link", key: text, onclick}, text);
+  return make("p", {className: "term"}, span("name", link),
     span("product", `${show(window[0], digits.inputs)} × ${factor}`), ...bar);
 }
 
@@ -316,8 +323,8 @@ function mapTerm({map, window, kernel, products, total, digits, bar}, layer, sou
       `products, in total ${show(total, digits.result)}`)))];
   const title = span("name", name.replace(/.*, /, ""));
   if (!state.pinned) return make("p", {className: "term"}, title, ...bar); // pictures would be slow
-  const product = span("product", picture(shape, window, shade), " × ", picture(shape, kernel, color));
-  return details(`map ${map}`, [title, product, ...bar], equation);
+  const pictures = [picture(shape, window, shade), " × ", picture(shape, kernel, color)];
+  return details(`map ${map}`, [title, span("product", ...pictures), ...bar], equation);
 }
 
 // Which units make the network prefer one class to another.
@@ -346,13 +353,11 @@ function rivalOf(first) {
 
 // The map of a value and a map that it sees, enlarged. While the window slides, the map fills in.
 function renderMaps({layer, i}) {
-  const {net, steps, opened, slide} = state, {after, index, windows} = layer, source = net.layers[index - 1];
+  const {net, slide} = state, {after, windows} = layer, source = net.layers[layer.index - 1];
   const {map, row: top, column: left} = coordinates(after, i), name = mapName(layer, map);
-  const [{terms, map: pooled}] = explain(net, steps, {layer, i});
-  const byKernel = terms?.toSorted((a, b) => sum(b.kernel.map(Math.abs)) - sum(a.kernel.map(Math.abs)));
-  const from = (byKernel?.find(term => opened.has(`map ${term.map}`)) ?? byKernel?.[0])?.map ?? pooled;
+  const from = shownInput({layer, i}), box = receptiveField(net.layers, {layer, i})[source.index];
   const part = (of, n) => [...valuesOf(of).subarray(n * of.after.area, (n + 1) * of.after.area)];
-  const own = part(layer, map), box = receptiveField(net.layers, {layer, i})[index - 1];
+  const own = part(layer, map);
   if (slide) own.length = (i % after.area) + 1;
   const onclick = event => {
     pauseSlide();
@@ -367,6 +372,15 @@ function renderMaps({layer, i}) {
   if (!windows.along || source.after.area === 1) return [result];
   return [make("figure", {}, caption(mapName(source, from)),
     framed(source.after, part(source, from), gray(source.range), box)), result];
+}
+
+// The input map to show: an opened one, or the one with the largest weights.
+function shownInput(value) {
+  const [{terms, map}] = explain(state.net, state.steps, value);
+  if (!terms) return map; // of pooling
+  const weights = terms.map(({kernel}) => sum(kernel.map(Math.abs)));
+  const opened = terms.find(term => state.opened.has(`map ${term.map}`));
+  return (opened ?? terms[argmax(weights)]).map;
 }
 
 // Slide from the first position of the map, or from where the window was paused.
@@ -412,9 +426,9 @@ function runImages() {
 
 // Hide a network if the logits of test images, from image n on, differ from PyTorch's.
 function checkResults(n, logits) {
-  const correct = agrees(state.net, n, logits), problem = `The network of ${state.net.name} is not shown: `
-    + "this page's results differ from PyTorch's.";
-  element("problem").textContent = correct ? "" : problem;
+  const correct = agrees(state.net, n, logits);
+  element("problem").textContent = correct ? ""
+    : `The network of ${state.net.name} is not shown: this page's results differ from PyTorch's.`;
   document.querySelector("main").hidden = !correct;
 }
 
@@ -440,9 +454,10 @@ function renderPatches() {
   };
   const list = (title, chosen) =>
     [caption(title), make("div", {className: "images"}, ...chosen.map(patch))];
-  const title = area > 1 ? "Patches that activate this map most (click to open)" : "Strongest response";
-  const weakest = area > 1 ? [] : list("Weakest response", found.slice(-10));
-  return fill(element("patches"), ...list(title, found.slice(0, 10)), ...weakest);
+  const [strongest, weakest] = [found.slice(0, 10), found.slice(-10)];
+  return fill(element("patches"), ...(area > 1
+    ? list("Patches that activate this map most (click to open)", strongest)
+    : [...list("Strongest response", strongest), ...list("Weakest response", weakest)]));
 }
 
 // Say on a button what image n of a kind is, and what the network of this epoch takes it for.
@@ -453,6 +468,8 @@ function labelImage(button, kind, n, more = "") {
   const title = `${classes[label]} ${nth}${wrong}${more}`;
   return Object.assign(button, {title, ariaLabel: title, className: wrong && "wrong"});
 }
+
+const galleryOf = kind => (kind === "error" ? "error" : "image");
 
 // Make a button for each test image, or for each error.
 function buildImages(kind) {
@@ -465,7 +482,7 @@ function buildImages(kind) {
 }
 
 function labelImages() {
-  const {kind, n, net, epoch} = state, shown = kind === "error" ? kind : "image";
+  const {kind, n, net, epoch} = state, shown = galleryOf(kind);
   [...element("images").children].forEach((button, k) => {
     labelImage(button, shown, k).ariaPressed = kind === shown && k === n;
     button.tabIndex = k === (kind === shown ? n : 0) ? 0 : -1;
@@ -477,8 +494,9 @@ function labelImages() {
 
 // Take image n of a kind as the input, or start a drawing.
 function setImage(kind, n = 0) {
-  if ((kind === "error") !== (state.kind === "error")) buildImages(kind === "error" ? kind : "image");
+  const before = galleryOf(state.kind), gallery = galleryOf(kind);
   Object.assign(state, {kind, n});
+  if (gallery !== before) buildImages(gallery);
   showImage();
   labelImages();
   update();
@@ -629,15 +647,16 @@ function setEpoch(epoch) {
   const {net} = state, number = net.epochs[epoch], final = epoch === net.final;
   const counts = net.classes.map((_, label) => confusions(net, epoch, label));
   const total = sum(counts.map(sum)), correct = sum(counts.map((row, label) => row[label]));
-  const name = number ? `Epoch ${number}${final ? " (final)" : ""}` : "Before training: random weights";
-  const text = `${name}: ${percent(correct / total)} of ${total.toLocaleString("en")} test images correct`;
+  const stage = number ? `Epoch ${number}${final ? " (final)" : ""}` : "Before training, random weights";
+  const all = total.toLocaleString("en");
+  const text = `${stage}: ${percent(correct / total)} of ${all} test images correct`;
   Object.assign(state, {epoch, outputs: null});
   clearTimeout(timers.images);
   useWeights(net, epoch);
   element("when").textContent = text;
   element("epoch").value = epoch;
   element("epoch").setAttribute("aria-valuetext", text);
-  if (!final && state.kind === "error") setImage("image"); // the errors are those of the final epoch
+  if (!final && state.kind === "error") setImage("image"); // errors are those of the final epoch
   renderPatches();
   labelImages();
   labelStrip();
@@ -669,16 +688,18 @@ function buildStrip() {
     const counts = confusions(net, epoch, label);
     const accuracy = counts[label] / Math.max(1, sum(counts));
     const title = `${name}, epoch ${number}: ${percent(accuracy)} correct`;
+    const className = accuracy > 0.6 ? "high" : "", style = `--accuracy: ${accuracy}`;
     const onclick = () => {
       pause();
       state.cell = label;
       setEpoch(epoch);
     };
-    return make("button", {title, ariaLabel: title, onclick, className: accuracy > 0.6 ? "high" : "",
-      style: `--accuracy: ${accuracy}`}, show(100 * accuracy, 0));
+    const properties = {title, ariaLabel: title, className, style, onclick};
+    return make("button", properties, show(100 * accuracy, 0));
   };
-  fill(element("strip"), span("name", "Epoch"), ...net.epochs.map(number => span("", number)),
-    ...net.classes.flatMap((name, label) => [span("name", name), ...net.epochs.map(cell(name, label))]));
+  const header = [span("name", "Epoch"), ...net.epochs.map(number => span("", number))];
+  fill(element("strip"), ...header, ...net.classes.flatMap((name, label) =>
+    [span("name", name), ...net.epochs.map(cell(name, label))]));
 }
 
 // Mark the current epoch in the table, and describe the selected cell.
@@ -762,7 +783,8 @@ function address() {
     kind === "drawing" ? kind : `${kind}-${n + 1}`];
   if (pinned) {
     const {layer, i} = value, {map, row, column} = coordinates(layer.after, i);
-    const numbers = layer.after.area > 1 ? [map, row, column] : rival === null ? [map] : [map, rival];
+    const numbers = layer.after.area > 1 ? [map, row, column] : [map];
+    if (rival !== null) numbers.push(rival);
     parts.push([layer.name, ...numbers.map(number => number + 1)].join("-"));
   }
   return `#${parts.join("/")}`;
@@ -776,12 +798,15 @@ function saveState() {
 function restoreState() {
   const [name, ...parts] = location.hash.slice(1).split("/");
   const [epoch, [kind, number], place] = count(3, k => (parts[k] ?? "").split("-"));
-  showNetwork(names().find(known => encodeURIComponent(known) === name) ?? names()[0], epoch[1], kind, number - 1);
+  const known = names().find(known => encodeURIComponent(known) === name) ?? names()[0];
+  showNetwork(known, epoch[1], kind, number - 1);
   const {net} = state, layer = net.layers.find(layer => layer.name === place[0]);
-  const {maps, height, width, area} = layer?.after ?? {}, [map, a, b] = place.slice(1).map(n => n - 1);
-  if (map < maps && area === 1) select({layer, i: map}, true);
-  if (map < maps && a < height && b < width) select({layer, i: indexOf(layer.after, map, a, b)}, true);
-  if (map < maps && layer === lastLayer() && net.classes[a]) compare(map, a);
+  const [map, a, b] = place.slice(1).map(number => number - 1);
+  if (!(map < layer?.after.maps)) return;
+  const {height, width, area} = layer.after;
+  if (area === 1) select({layer, i: map}, true);
+  else if (a < height && b < width) select({layer, i: indexOf(layer.after, map, a, b)}, true);
+  if (layer === lastLayer() && net.classes[a]) compare(map, a);
 }
 
 // --- Start ---------------------------------------------------------------------------------------
@@ -792,7 +817,8 @@ const TYPES = {float32: Float32Array, int32: Int32Array, int8: Int8Array, uint8:
 
 // Decode the network of a dataset from the elements at the end of the page.
 function readNetwork(name) {
-  const arrays = {}, [first, ...others] = dataOf("").filter(({dataset}) => dataset.network === name);
+  const arrays = {}, all = dataOf("").filter(({dataset}) => dataset.network === name);
+  const [first, ...others] = all;
   for (const {dataset: {array, type}, textContent} of others) {
     const text = atob(textContent), bytes = new Uint8Array(text.length);
     for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
@@ -816,7 +842,7 @@ function showNetwork(name, number, kind, n) {
   element("epoch").max = net.final;
   buildLayers();
   buildStrip();
-  buildImages(input.kind === "error" ? "error" : "image");
+  buildImages(galleryOf(input.kind));
   arrange();
   showImage();
   pause();
