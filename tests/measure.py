@@ -62,10 +62,11 @@ def patch_options(name):
 
 def copy_patched(name, directory):
     """Copy the scripts into `directory`, and apply the patch `name` if it is not empty."""
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("images/*.py"), ROOT / "images" / "lenet5.html"]:
-        target = directory / path.relative_to(ROOT)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, target)
+    for pattern in ("*.py", "images/*.py", "images/*.html", "images/page/*"):
+        for path in ROOT.glob(pattern):
+            target = directory / path.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
     if name:
         subprocess.run(["git", "apply", patch_file(name)], cwd=directory, check=True)
 
@@ -92,9 +93,8 @@ def train_and_test(run, patch, args):
             line = [sys.executable, Path(directory, "train.py"), *options, *common]
             subprocess.run(line, **how)
         if not patch or patch.startswith("ablation"):
-            out = subprocess.run(
-                [sys.executable, Path(directory, "test.py"), *common], **how
-            ).stdout
+            line = [sys.executable, Path(directory, "test.py"), *common]
+            out = subprocess.run(line, **how).stdout
     row = utils.load_checkpoint(best)["history"][-1]
     correct = re.search(r"Test accuracy .* \((\d+)/(\d+)", out)
     return run | {
@@ -196,19 +196,13 @@ def main():
     add, number = parser.add_argument, utils.number_type
     add("names", nargs="*", metavar="NAME", help="patches in tests/exercises (default: none)")
     add("--recipe", choices=train.RECIPES, default="default", help="recipe of train.py")
-    datasets = ("FashionMNIST", "MNIST")
-    add("--dataset", choices=datasets, default="FashionMNIST", help="dataset to train on")
+    add("--dataset", choices=("FashionMNIST", "MNIST"), default="FashionMNIST", help="dataset")
     add("--epochs", type=number(int, 1), help="epochs (default: those of the recipe)")
     add("--full", action="store_true", help="train on the validation split, too")
     add("--seeds", type=number(int, 1), default=5, help="number of seeds, from 0")
     add("--jobs", type=number(int, 1), default=1, help="runs at the same time")
     add("--save", action="store_true", help="write the rows to images/results.csv")
-    add(
-        "--data-dir",
-        type=utils.expand_path,
-        default=ROOT / "data",
-        help="directory of the datasets",
-    )
+    add("--data-dir", type=utils.expand_path, default=ROOT / "data", help="root of the datasets")
     args = parser.parse_args()
     print(f"{processor(os.cpu_count() // args.jobs)}; torch {utils.torch.__version__}\n")
     for patch in args.names or [""]:

@@ -72,10 +72,12 @@ function receptiveField(layers, {layer, i}) {
     const {first, last, top, left, height, width} = boxes[k];
     boxes[k - 1] = {first: 0, last: after.maps - 1, top: 0, left: 0, ...after};
     if (!along || before.height !== after.height) continue; // it sees all, or the maps are reshaped
-    const side = (axis, start, length, limit) => [
-      clamp(along(axis, start, 0), 0, limit - 1),
-      clamp(along(axis, start + length - 1, kernel[axis] - 1), 0, limit - 1),
-    ];
+    const side = (axis, start, length, limit) => {
+      const places = count(length * kernel[axis], n =>
+        along(axis, start + Math.floor(n / kernel[axis]), n % kernel[axis]));
+      const inside = places.filter(place => place >= 0 && place < limit);
+      return inside.length ? [Math.min(...inside), Math.max(...inside)] : [0, -1]; // all padding
+    };
     const [up, down] = side(0, top, height, before.height);
     const [from, to] = side(1, left, width, before.width);
     const group = n => Math.floor(n / sharing) * seen;
@@ -335,11 +337,20 @@ function describeStep({mean, std}, operation, x, i) {
     text: (value, m, s, w, b) =>
       `(${value} − ${inParentheses(m)}) ÷ ${s} × ${inParentheses(w)} + ${inParentheses(b)}`,
   };
-  if (op === "softmax") return {
-    numbers: [x[i], Math.max(...x), Math.exp(x[i] - Math.max(...x)) / softmax(x)[i]],
-    compute: ([value, most, total]) => (100 * Math.exp(value - most)) / total,
-    text: (value, most, total) => `softmax: e^(${value} − ${inParentheses(most)}) ÷ ${total}`,
-    unit: "%",
+  if (/softmax/.test(op)) {
+    const most = Math.max(...x), total = Math.exp(x[i] - most) / softmax(x)[i];
+    const [log, unit] = op === "softmax" ? ["", "%"] : ["log of ", ""];
+    return {
+      numbers: [x[i], most, total],
+      compute: ([value, m, t]) => log ? value - m - Math.log(t) : (100 * Math.exp(value - m)) / t,
+      text: (value, m, t) => `${name}: ${log}e^(${value} − ${inParentheses(m)}) ÷ ${t}`,
+      unit,
+    };
+  }
+  if (op === "leaky_relu" && x[i] < 0) return {
+    numbers: [x[i], at.negative_slope ?? 0.01],
+    compute: ([value, slope]) => value * slope,
+    text: (value, slope) => `leaky relu: ${inParentheses(value)} × ${slope}`,
   };
   if (op === "input") {
     const pixel = Math.round(255 * (x[i] * std + mean));
@@ -349,8 +360,7 @@ function describeStep({mean, std}, operation, x, i) {
       text: (m, s) => `(pixel ${pixel} ÷ 255 − ${m}) ÷ ${s}`,
     };
   }
-  const change = op === "log_softmax" ? Math.log(softmax(x)[i]) - x[i] : 0; // or nothing at all
-  const compute = ELEMENTWISE[op] ?? (value => value + change);
+  const compute = ELEMENTWISE[op] ?? (value => value); // such as dropout
   return {
     numbers: [x[i]],
     compute: ([value]) => compute(value, at),
@@ -398,12 +408,12 @@ function explainPool(layer, operation, {x, result, i, decimals}) {
 // How a value is computed, one step for each operation. From the last to the first operation, each
 // result gets the decimals that the next operation needs.
 function explain(net, steps, {layer, i}) {
-  const source = net.layers[layer.index - 1] ?? layer, explained = [];
-  const given = [outputsOf(steps)[source.index], ...steps[layer.index]]; // operation k: given[k]
+  const source = net.layers[layer.index - 1], results = steps[layer.index], explained = [];
+  const given = [source ? steps[source.index].at(-1) : results[0], ...results]; // operation k: [k]
   let {decimals} = layer;
   for (let k = layer.explained.length - 1; k >= 0; k--) {
     const operation = layer.explained[k], x = given[k], result = given[k + 1]?.[i];
-    const at = {x, result, i, decimals, inputs: source.decimals};
+    const at = {x, result, i, decimals, inputs: source?.decimals};
     if (OPERATIONS[operation.op] === weightedSums) explained.push(explainSum(layer, operation, at));
     else if (operation.op.endsWith("pool2d")) explained.push(explainPool(layer, operation, at));
     else {

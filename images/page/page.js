@@ -20,6 +20,7 @@ const state = {
   stroke: null, // last point of the current stroke
   pen: {x: 140, y: 140},
 };
+const networks = {}; // by name, once they are read
 const timers = {}; // by purpose
 const element = id => document.getElementById(id);
 const pad = element("drawing").getContext("2d", {willReadFrequently: true});
@@ -129,7 +130,7 @@ function scaleOf(range) {
 function buildLayers() {
   const last = lastLayer(), layers = state.net.layers.slice(0, -1);
   const handlers = at => ({
-    onpointermove: event => event.pointerType === "mouse" && hover(at(event)),
+    onpointermove: event => { if (event.pointerType === "mouse") hover(at(event)); },
     onclick: event => pin(at(event)),
   });
   for (const layer of layers) {
@@ -647,7 +648,7 @@ function setEpoch(epoch) {
   const {net} = state, number = net.epochs[epoch], final = epoch === net.final;
   const counts = net.classes.map((_, label) => confusions(net, epoch, label));
   const total = sum(counts.map(sum)), correct = sum(counts.map((row, label) => row[label]));
-  const stage = number ? `Epoch ${number}${final ? " (final)" : ""}` : "Before training, random weights";
+  const stage = number ? `Epoch ${number}${final ? " (final)" : ""}` : "Before training";
   const all = total.toLocaleString("en");
   const text = `${stage}: ${percent(correct / total)} of ${all} test images correct`;
   Object.assign(state, {epoch, outputs: null});
@@ -687,8 +688,8 @@ function buildStrip() {
   const cell = (name, label) => (number, epoch) => {
     const counts = confusions(net, epoch, label);
     const accuracy = counts[label] / Math.max(1, sum(counts));
-    const title = `${name}, epoch ${number}: ${percent(accuracy)} correct`;
-    const className = accuracy > 0.6 ? "high" : "", style = `--accuracy: ${accuracy}`;
+    const title = `${name}, epoch ${number}: ${percent(accuracy, 0)} correct`;
+    const className = accuracy > 0.72 ? "high" : "", style = `--accuracy: ${accuracy}`;
     const onclick = () => {
       pause();
       state.cell = label;
@@ -828,7 +829,7 @@ function readNetwork(name) {
 }
 
 function showNetwork(name, number, kind, n) {
-  const net = readNetwork(name), known = net.epochs.indexOf(Number(number ?? NaN));
+  const net = (networks[name] ??= readNetwork(name)), known = net.epochs.indexOf(Number(number ?? NaN));
   const epoch = known < 0 ? net.final : known, images = {image: net.images, drawing: [], error: []};
   if (epoch === net.final) images.error = net.errors;
   const input = images[kind]?.[n] || kind === "drawing" ? {kind, n} : {kind: "image", n: 0};
@@ -857,7 +858,7 @@ function start() {
   element("drawing").onkeydown = movePen;
   element("images").onkeydown = moveFocus;
   element("strip").onkeydown = moveFocus;
-  element("centered").onchange = () => state.kind === "drawing" && readPad();
+  element("centered").onchange = () => { if (state.kind === "drawing") readPad(); };
   element("epoch").oninput = ({target}) => {
     pause();
     setEpoch(Number(target.value));
@@ -875,8 +876,8 @@ function start() {
     "tour-close": () => goToStep(-1),
   };
   for (const [id, onclick] of Object.entries(clicks)) element(id).onclick = onclick;
-  document.onkeydown = ({key}) => key === "Escape" && state.pinned && pin(state.value);
-  window.onhashchange = () => location.hash !== address() && restoreState();
+  document.onkeydown = ({key}) => { if (key === "Escape" && state.pinned) pin(state.value); };
+  window.onhashchange = () => { if (location.hash !== address()) restoreState(); };
   window.onresize = arrange;
   fill(element("datasets"), ...names().map(name =>
     make("button", {onclick: () => showNetwork(name)}, name)));
