@@ -93,11 +93,8 @@ def measure_loops(images, labels):
     a, b = torch.randn(2, MATRIX, MATRIX)
     images, labels = images[:PART], labels[:PART]
     with tempfile.TemporaryDirectory() as directory:
-        tasks = [
-            dataloader_loop(images, labels),
-            own_loop(images, labels, directory),
-            lambda: a @ b,
-        ]
+        tasks = [dataloader_loop(images, labels), own_loop(images, labels, directory)]
+        tasks.append(lambda: a @ b)
         times = [[] for _ in tasks]
         for turn in range(TURNS + 1):
             for task, values in zip(tasks, times):
@@ -136,20 +133,16 @@ def main():
     tutorial, own, rate = measure_loops(images, labels)
     limit = OPERATIONS_PER_IMAGE * IMAGES / rate / 1e9
     with tempfile.TemporaryDirectory() as directory:
-        elapsed, out = timed_script(
-            "train.py", args.data_dir, directory, "--dataset=FashionMNIST", "--epochs=1"
-        )
+        options = ["--dataset=FashionMNIST", "--epochs=1"]
+        elapsed, out = timed_script("train.py", args.data_dir, directory, *options)
         epoch = float(re.search(r"^ +1/1 .* ([\d.]+)  best", out, re.MULTILINE)[1])
         tested, _ = timed_script("test.py", args.data_dir, directory)
+    note = f"{tutorial / own:.1f} times as fast as the DataLoader loop; the minimum would be "
+    note += f"{limit:.2f} s, if all its operations ran at the rate of the matrix product"
     rows = [
         ("Matrix product, float32, 2048 x 2048", f"{rate:.0f} GFLOP/s", ""),
         ("Training epoch, 60,000 images: DataLoader loop", f"{tutorial:.1f} s", ""),
-        (
-            "Training epoch, 60,000 images: `train.py`",
-            f"{own:.2f} s",
-            f"{tutorial / own:.1f} times as fast as the DataLoader loop; the minimum would be "
-            f"{limit:.2f} s, if all its operations ran at the rate of the matrix product",
-        ),
+        ("Training epoch, 60,000 images: `train.py`", f"{own:.2f} s", note),
         ("`python train.py --epochs 1`: start, loading and saving", f"{elapsed - epoch:.1f} s", ""),
         ("`python test.py`", f"{tested:.1f} s", ""),
     ]

@@ -5,12 +5,14 @@ it in a new process, forked from a server that has already imported torch: for t
 kill it, send signals or close its output.
 """
 
+import contextlib
 import importlib
 import multiprocessing
 import os
 import re
 import shutil
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the runs are too small for more; torch reads it on import
@@ -196,7 +198,18 @@ def fork_server():
         pytest.skip("needs fork")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", "torch._dynamo"])  # which optimizers import
+    forkserver.ensure_running()
     return context
+
+
+@pytest.fixture(scope="module", autouse=True)
+def early_start(request):
+    """Start slow processes before the first test of a file, so that they run beside its tests."""
+    items = [item for item in request.session.items if item.path == request.path]
+    for name in ("fork_server", "first_commands"):
+        if any(name in item.fixturenames for item in items):
+            with contextlib.suppress(pytest.skip.Exception):
+                request.getfixturevalue(name)
 
 
 @pytest.fixture

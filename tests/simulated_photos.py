@@ -20,16 +20,10 @@ from PIL import Image, ImageFilter
 from images import photos
 from model import LeNet
 
-KINDS = (
-    """
-drawn black on white, drawn white on black, grainy paper, turned and blurred,
-small in a large frame, light from one side, ruled paper, squared paper, table edge,
-shadow along a side, shadow edge through the digit, faint pencil, pencil on squared paper, chalk,
-thin pen
-""".strip()
-    .replace("\n", " ")
-    .split(", ")
-)
+KINDS = "drawn black on white, drawn white on black, grainy paper, turned and blurred, "
+KINDS += "small in a large frame, light from one side, ruled paper, squared paper, table edge, "
+KINDS += "shadow along a side, shadow edge through the digit, faint pencil, pencil on squared paper"
+KINDS = f"{KINDS}, chalk, thin pen".split(", ")
 
 
 def photograph(digit, kind, rng):
@@ -82,24 +76,25 @@ def photograph(digit, kind, rng):
     return Image.open(file)
 
 
-def classify(kind, count, images, labels, directory, seed=0):
-    """Return which of `count` pictures of a kind are classified correctly (bool, count)."""
+def classify(count, images, labels, directory, seed=0):
+    """Yield each kind, and which of `count` pictures are classified correctly (bool, count)."""
     path = ROOT / "checkpoints" / "lenet5-mnist.pt"
     run = utils.load_checkpoint(path)
     model = LeNet()
     utils.load_weights(path, run, model)
-    rng = np.random.default_rng([KINDS.index(kind), seed] if seed else KINDS.index(kind))
-    chosen = rng.choice(len(labels), count, replace=False)
-    picture = Path(directory) / "picture.png"
-    seen = []
-    for i in chosen:
-        photograph(images[i].numpy(), kind, rng).save(picture)
-        try:
-            seen.append(photos.load_picture(picture, utils.DATASETS["MNIST"]))
-        except utils.Error:  # rejected, which counts as an error, too
-            seen.append(torch.zeros(28, 28, dtype=torch.uint8))
-    logits = utils.predict(model, torch.stack(seen), mean=run["mean"], std=run["std"])
-    return logits.argmax(dim=1) == labels[chosen]
+    picture = Path(directory) / "picture.bmp"  # faster than PNG
+    for number, kind in enumerate(KINDS):
+        rng = np.random.default_rng([number, seed] if seed else number)
+        chosen = rng.choice(len(labels), count, replace=False)
+        seen = []
+        for i in chosen:
+            photograph(images[i].numpy(), kind, rng).save(picture)
+            try:
+                seen.append(photos.load_picture(picture, utils.DATASETS["MNIST"]))
+            except utils.Error:  # rejected, which counts as an error, too
+                seen.append(torch.zeros(28, 28, dtype=torch.uint8))
+        logits = utils.predict(model, torch.stack(seen), mean=run["mean"], std=run["std"])
+        yield kind, logits.argmax(dim=1) == labels[chosen]
 
 
 def main():
@@ -109,8 +104,7 @@ def main():
     images, labels = utils.load_images("MNIST", ROOT / "data", "test")
     accuracies = []
     with tempfile.TemporaryDirectory() as directory:
-        for kind in KINDS:
-            correct = classify(kind, 25, images, labels, directory, args.seed)
+        for kind, correct in classify(25, images, labels, directory, args.seed):
             accuracies.append(correct.float().mean().item())
             print(f"{kind:<32}{accuracies[-1]:>6.0%}", flush=True)
     print(f"{'all':<32}{sum(accuracies) / len(KINDS):>6.1%}")

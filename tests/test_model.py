@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import ROOT
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model import LeNet
 
@@ -97,8 +96,6 @@ class Changed(LeNet):  # color images, layers without bias, and one more layer
 def test_network_without_storage_and_changed_networks_can_be_made():
     with torch.device("meta"):
         assert LeNet().c1.weight.is_meta
-    with FakeTensorMode():
-        assert LeNet().c1.weight.shape == (6, 1, 5, 5)
     model = Changed()
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     assert 0.95 < model.f7[1].weight.abs().max() / math.sqrt(6 / 94) <= 1  # the last layer: gain 1

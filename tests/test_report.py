@@ -1,6 +1,7 @@
 """test.py and images/compare.py: which runs they take, what they report and what they draw."""
 
 import contextlib
+import inspect
 import io
 import re
 import shutil
@@ -76,14 +77,21 @@ def test_report_and_confusion_matrix_agree_with_a_count_from_scratch(report):
         Pictures: {report.directory}/images/Glyphs
         Page: {report.directory}/images/Glyphs/lenet5.html: open it in a browser and draw"""
     assert report.out.split() == expected.split()
-    for text in report.figures["confusion.png"].axes[0].texts:
-        assert int(text.get_text()) == report.pairs.count(text.get_position()[::-1])
+    ax = report.figures["confusion.png"].axes[0]
+    assert (ax.get_ylabel(), ax.get_xlabel()) == ("True class", "Predicted class")
+    totals = report.labels.bincount().tolist()
+    for text in ax.texts:
+        label, guess = text.get_position()[::-1]
+        assert int(text.get_text()) == report.pairs.count((label, guess))
+        fraction = report.pairs.count((label, guess)) / totals[label]
+        assert ax.images[0].get_array()[label, guess] == pytest.approx(fraction)
 
 
 @pytest.mark.parametrize("dataset", ["FashionMNIST", "MNIST"])
 def test_pretrained_weights_are_portable_and_as_good_as_stated(real_data, dataset):
     file = f"checkpoints/lenet5-{dataset.lower()}.pt"
     saved = torch.load(ROOT / file, weights_only=True)
+    assert utils.first_change(saved["code"], inspect.getsource(LeNet)) == ""
     for w in saved["model"].values():
         assert (w.is_contiguous(), w.is_cpu, w.dtype) == (True, True, torch.float32)
     images, labels = utils.load_images(dataset, real_data, "test")
@@ -167,13 +175,15 @@ def test_changed_network_is_shown_correctly_or_not_at_all(report, options, tmp_p
 
 def test_perfect_classes_with_odd_matplotlib_settings(report, options, tmp_path, capsys):
     cache, written = tmp_path / "Glyphs" / f"test-v{utils.CACHE_VERSION}.pt", []
+    plot = report.directory / "images" / "Glyphs" / "metrics.png"  # is already drawn once
     images = report.images[report.predicted == 2][:9]
     utils.save({"images": images, "labels": torch.full([9], 2)}, cache)
     for size, family in ((10, "sans-serif"), (30, "monospace")):
         with matplotlib.rc_context({"font.size": size, "font.family": family}):
             evaluate.main([*options(report.directory), f"--data-dir={tmp_path}"])
             compare.main([f"--output-dir={report.directory}"])
-            plots.plot_metrics(report.saved["history"], "Glyphs", report.directory / "plot.png")
+            if size == 30:
+                plots.plot_metrics(checkpoint(report.directory)["history"], "Glyphs", plot)
             assert matplotlib.rcParams["font.size"] == size
         written.append({path.name: path.read_bytes() for path in report.directory.rglob("*.png")})
     assert written[0] == written[1]

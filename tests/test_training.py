@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL_RUN, assert_same_run, checkpoint, comparable, epoch_rows, files
+from conftest import SMALL_RUN, checkpoint, comparable, epoch_rows, files
 from torch import nn
 
 import train
@@ -61,6 +61,7 @@ def plain_training(data, flip, options):
     """Train in plain PyTorch. After each epoch, yield its row of the history and the weights."""
     (images, labels), val_set = (data, None) if options["full"] else plain_split(*data)
     std, mean = torch.std_mean(images.double() / 255, correction=0)
+    images, labels = images[: options["limit"]], labels[: options["limit"]]
     batch_size, decay = options["batch_size"], options["weight_decay"]
     steps = options["epochs"] * math.ceil(len(labels) / batch_size)
     torch.manual_seed(options["seed"])
@@ -86,19 +87,22 @@ def plain_training(data, flip, options):
                 weight.data = (1 - lr * decay) * weight - lr * update.view_as(weight)
         row = {"epoch": epoch, "lr": lr} | plain_metrics("train", torch.cat(outputs), labels[order])
         if val_set:
-            x = (F.pad(val_set[0], [2] * 4)[:, None] / 255 - mean) / std
-            row |= plain_metrics("val", model(x), val_set[1])
+            val_images, val_labels = [tensor[: options["limit"]] for tensor in val_set]
+            x = (F.pad(val_images, [2] * 4)[:, None] / 255 - mean) / std
+            row |= plain_metrics("val", model(x), val_labels)
         yield row, {name: w.clone() for name, w in model.state_dict().items()}
 
 
 DEFAULTS = dict(epochs=20, batch_size=256, lr=0.05, weight_decay=0.015, shift=0)
-DEFAULTS |= dict(label_smoothing=0.0, seed=0, full=False)
+DEFAULTS |= dict(label_smoothing=0.0, seed=0, full=False, limit=None)
 LONG = dict(epochs=150, weight_decay=0.01, shift=1, label_smoothing=0.05, full=True)
-OWN = dict(epochs=3, batch_size=200, weight_decay=0.2, label_smoothing=0.4, shift=1, seed=7)
+OWN = dict(epochs=3, batch_size=200, weight_decay=0.2, label_smoothing=0.4, shift=1)
+OWN |= dict(seed=7, limit=250)
 RUNS = {
     "FashionMNIST": {},
     "FashionMNIST --recipe=long --full": LONG,
-    "MNIST --epochs=3 --batch-size=200 --weight-decay=0.2 --label-smoothing=0.4 --seed=7": OWN,
+    "MNIST --epochs=3 --batch-size=200 --weight-decay=0.2 --label-smoothing=0.4 --limit=250 "
+    "--seed=7": OWN,
 }
 
 
@@ -122,17 +126,11 @@ def test_training_matches_plain_pytorch(tmp_path, start, stop_at, data_dir, monk
     assert run["epoch"] == len(run["history"]) == len(epochs)
 
 
-def test_two_epochs_on_15_000_real_images_learn(tmp_path, real_data, start, capsys, no_plots):
-    argv = ["--dataset=FashionMNIST", f"--data-dir={real_data}", "--limit=15000", "--epochs=2"]
+def test_two_epochs_on_10_000_real_images_learn(tmp_path, real_data, start, capsys, no_plots):
+    argv = ["--dataset=FashionMNIST", f"--data-dir={real_data}", "--limit=10000", "--epochs=2"]
     start(tmp_path, *argv)
-    assert "15,000 images to train on, 5,000 for validation" in capsys.readouterr().out
-    assert checkpoint(tmp_path, name="FashionMNIST")["history"][-1]["val_accuracy"] > 0.72
-
-
-def test_same_seed_gives_the_same_run(tmp_path, start, finished_run, no_plots):
-    torch.rand(7)  # earlier random numbers have no influence
-    start(tmp_path, *SMALL_RUN)
-    assert_same_run(tmp_path, finished_run)
+    assert "10,000 images to train on, 5,000 for validation" in capsys.readouterr().out
+    assert checkpoint(tmp_path, name="FashionMNIST")["history"][-1]["val_accuracy"] > 0.66
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -190,13 +188,15 @@ def test_equal_epochs_keep_the_first_and_warn(tmp_path, start, monkeypatch, caps
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["with validation", "full"])
-def test_output_and_plot_show_the_history(tmp_path, start, capsys, monkeypatch, full):
+def test_output_and_plot_show_the_history(tmp_path, start, capsys, monkeypatch, finished_run, full):
     figures = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
     start(tmp_path, *SHORT_RUN, *["--full"] * full)
     out, err = capsys.readouterr()
     assert err == "" and not {"\r", "\x1b"} & set(out)
-    history = checkpoint(tmp_path)["history"]
+    run = checkpoint(tmp_path)
+    assert full or run["mean"] == checkpoint(finished_run)["mean"]  # --limit does not change it
+    history = run["history"]
     best = history[-1] if full else max(history, key=lambda row: row["val_accuracy"])
     assert checkpoint(tmp_path, "best.pt")["history"][-1] == best
     row_text = "{epoch}/3 {lr:.2e} {train_loss:.4f} {train_accuracy:.2%} "
@@ -227,6 +227,7 @@ NETWORKS = {  # a change of the logits, and the message about it
     "NaN": (lambda m, x: x * math.nan, "forward returns NaN"),
     "two outputs": (lambda m, x: (x, x), "must return one tensor of logits, N x 10"),
     "NaN gradient": (lambda m, x: x + (x - x.detach()).abs().sqrt(), "such as --lr 0.0125"),
+    "NaN validation": (lambda m, x: x if m.training or len(x) < 9 else x * math.nan, "--lr 0.0125"),
 }
 
 
@@ -236,7 +237,7 @@ def test_unsuitable_networks_are_one_line(stopped_run, options, run_script, monk
     forward = LeNet.forward
     monkeypatch.setattr(LeNet, "forward", lambda model, x: change(model, forward(model, x)))
     before = files(stopped_run)
-    status, out, err = run_script(train.main, *SHORT_RUN, "--full", *options(stopped_run))
+    status, out, err = run_script(train.main, *SHORT_RUN, *options(stopped_run))
     assert message in err and err.count("\n") == 1
     assert status == (0 if "softmax" in message else 2)
     assert out == "" or "Note: this replaces the run in" in out

@@ -828,10 +828,11 @@ function readNetwork(name) {
   return {name, ...makeNetwork(JSON.parse(first.textContent), arrays)};
 }
 
+// Show a network, with an epoch (its number) and an input if the page has them.
 function showNetwork(name, number, kind, n) {
-  const net = (networks[name] ??= readNetwork(name)), known = net.epochs.indexOf(Number(number ?? NaN));
-  const epoch = known < 0 ? net.final : known, images = {image: net.images, drawing: [], error: []};
-  if (epoch === net.final) images.error = net.errors;
+  const net = networks[name] ??= readNetwork(name), index = net.epochs.indexOf(Number(number));
+  const epoch = index < 0 ? net.final : index;
+  const images = {image: net.images, error: epoch === net.final ? net.errors : []};
   const input = images[kind]?.[n] || kind === "drawing" ? {kind, n} : {kind: "image", n: 0};
   clearInterval(timers.slide);
   Object.assign(state, {net, value: null, pinned: false, slide: null, cell: null, ...input});
