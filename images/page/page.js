@@ -13,7 +13,7 @@ const state = {
   pinned: false, // whether it stays when the pointer moves on
   rival: null, // the class to compare with, if the value is a class
   opened: new Set(), // keys of the details that are open
-  slide: null, // "playing" or "paused": the window of the value slides
+  slide: false, // whether the window of the value slides
   outputs: null, // of all layers, for each test image, once they are computed
   cell: null, // the class whose confusions are shown
   tour: -1, // index of the current step; 0 offers the tour
@@ -255,7 +255,7 @@ function renderPanel() {
   element("title").textContent = `${valueName(value)}: ${shown}`;
   element("unpin").textContent = pinned ? "Unpin (Esc)" : "Pin";
   element("slide").hidden = !maps.length;
-  element("play-slide").textContent = slide === "playing" ? "❚❚ Pause" : "▶ Slide the window";
+  element("play-slide").textContent = slide ? "❚❚ Pause" : "▶ Slide the window";
   fill(element("maps"), ...maps);
   fill(element("explanation"),
     ...(rival === null ? [...rows, ...difference] : [...difference, ...rows]));
@@ -274,8 +274,9 @@ const RENDER = {
   sum(step, layer) {
     const source = state.net.layers[layer.index - 1], units = layer.windows.kernel[0] === 1;
     const draw = units ? term => unitTerm(term, source) : term => mapTerm(term, layer, source);
-    return [caption(`Contributions from ${source.name}, largest first (red adds, blue subtracts)`),
-      ...sumRows(step, draw), row("Sum", show(step.total, step.digits.result))];
+    const title = `Contributions from ${source.name}, strongest first (red adds, blue subtracts)`;
+    const total = row("Sum", show(step.total, step.digits.result));
+    return [caption(title), ...sumRows(step, draw), total];
   },
 };
 
@@ -297,7 +298,7 @@ function sumRows({terms, bias, rounding, digits}, draw) {
     rows.push(details("others", summary, () => drawn(others)));
   }
   if (bias !== null) rows.push(line("Bias", bias));
-  if (rounding) rows.push(line("Rounding of the numbers above", rounding));
+  if (rounding) rows.push(line("Rounding of the products", rounding));
   return rows;
 }
 
@@ -384,23 +385,22 @@ function shownInput(value) {
   return (opened ?? terms[argmax(weights)]).map;
 }
 
-// Slide from the first position of the map, or from where the window was paused.
+// Slide from the first position of the map to the last.
 function startSlide() {
-  const {layer, i} = state.value, {area} = layer.after, start = state.slide ? i : i - (i % area);
+  const {layer, i} = state.value, {area} = layer.after;
   const next = () => {
     if (state.value.i % area === area - 1) pauseSlide();
     else select({layer, i: state.value.i + 1}, true);
   };
-  state.slide = "playing";
+  state.slide = true;
   timers.slide = setInterval(next, clamp(12000 / area, 30, 250));
-  select({layer, i: start}, true);
+  select({layer, i: i - (i % area)}, true);
 }
 
 function pauseSlide() {
-  if (state.slide !== "playing") return;
+  if (!state.slide) return;
   clearInterval(timers.slide);
-  const {layer: {after: {area}}, i} = state.value;
-  state.slide = i % area < area - 1 ? "paused" : null;
+  state.slide = false;
   renderPanel();
 }
 
@@ -420,6 +420,7 @@ function runImages() {
     state.outputs = outputs;
     renderPatches();
     if (epoch === net.final) checkResults(0, outputs.flatMap(all => [...all.at(-1)]));
+    net.checked ||= epoch === net.final;
   };
   clearTimeout(timers.images);
   timers.images = setTimeout(slice);
@@ -436,7 +437,7 @@ function checkResults(n, logits) {
 // Show the test images for which a map or unit has its highest values, or a unit its lowest.
 function renderPatches() {
   const {net: {layers}, outputs, value, pinned} = state;
-  if (!pinned || !outputs) return fill(element("patches"));
+  if (!pinned || !outputs || !value.layer.index) return fill(element("patches"));
   const {layer} = value, {area} = layer.after, first = value.i - (value.i % area);
   const found = outputs.map((all, n) => {
     const values = all[layer.index].subarray(first, first + area), at = argmax(values);
@@ -528,7 +529,7 @@ function renderAnswer() {
   const {net, image, kind, n, steps, stroke} = state, {classes} = net;
   const chances = probabilities(net, steps), answer = argmax(chances), rival = rivalOf(answer);
   const {label = answer} = kind === "drawing" ? {} : imagesOf(kind)[n], correct = answer === label;
-  const verdict = correct ? "✓ Correct" : `✗ Wrong: the label is ${classes[label]}`;
+  const verdict = correct ? "✓ Correct" : `✗ Wrong: it is ${classes[label]}`;
   element("answer").textContent = image ? classes[answer] : "";
   element("verdict").textContent = kind === "drawing" ? "" : verdict;
   element("verdict").className = correct ? "" : "mistake";
@@ -614,7 +615,8 @@ function hover(value) {
 function pin(value) {
   pauseSlide();
   if (value) select(value, !(state.pinned && isSelected(value)));
-  if (innerWidth < 760) element("panel").scrollIntoView({block: "nearest"});
+  if (value && innerWidth < 760)
+    (state.pinned ? element("panel") : value.layer.maps)?.scrollIntoView({block: "nearest"});
 }
 
 // Explain a value, or none. If it is pinned, it stays.
@@ -625,11 +627,14 @@ function select(value, pinned) {
   if (!value || !isSelected(value)) state.rival = null;
   if (state.value?.layer !== value?.layer) {
     pauseSlide();
-    Object.assign(state, {opened: new Set(), slide: null});
+    state.opened = new Set();
   }
   Object.assign(state, {value, pinned});
   if (pinned && !state.outputs && !timers.play) runImages();
-  if (!sameMap) renderPatches();
+  if (!sameMap) {
+    renderPatches();
+    element("panel").scrollTop = 0;
+  }
   outlineLayers();
   renderPanel();
   saveState();
@@ -733,20 +738,20 @@ function moveFocus(event) {
 
 // --- The tour ------------------------------------------------------------------------------------
 
-// Select the brightest value of the first layer with maps that has an operation, if there is one.
-function selectExample(op) {
+// Select the value with the highest score in the first layer with maps that has an operation.
+function selectExample(op, score) {
   const layer = state.net.layers.find(({operations, windows, after}) =>
     operations[0].op.endsWith(op) && windows.along && after.area > 1);
-  select(layer ? {layer, i: argmax(valuesOf(layer))} : null, Boolean(layer));
+  select(layer ? {layer, i: argmax(valuesOf(layer).map(score))} : null, Boolean(layer));
   return layer;
 }
 
 // What the steps of the tour show on the current image.
 const EXAMPLES = {
   draw: () => select(null, false),
-  window: () => selectExample("conv2d"),
-  slide: () => selectExample("conv2d") && startSlide(),
-  pool: () => selectExample("pool2d"),
+  window: () => selectExample("conv2d", value => value),
+  slide: () => selectExample("conv2d", value => value) && startSlide(),
+  pool: () => selectExample("pool2d", value => -Math.abs(value - 0.5)), // a mixed window
   answer: () => element("why").onclick(),
   training() {
     select(null, false);
@@ -771,7 +776,7 @@ function goToStep(step) {
   if (!image) setImage("image");
   EXAMPLES[example]();
   element("tour-next").focus({preventScroll: true});
-  element(look).scrollIntoView({block: "nearest"});
+  if (innerWidth < 760) element(look).scrollIntoView();
 }
 
 // --- The address ---------------------------------------------------------------------------------
@@ -835,7 +840,7 @@ function showNetwork(name, number, kind, n) {
   const images = {image: net.images, error: epoch === net.final ? net.errors : []};
   const input = images[kind]?.[n] || kind === "drawing" ? {kind, n} : {kind: "image", n: 0};
   clearInterval(timers.slide);
-  Object.assign(state, {net, value: null, pinned: false, slide: null, cell: null, ...input});
+  Object.assign(state, {net, value: null, pinned: false, slide: false, cell: null, ...input});
   for (const button of element("datasets").children)
     button.ariaPressed = button.textContent === name;
   document.querySelector("main").hidden = false;
@@ -850,7 +855,7 @@ function showNetwork(name, number, kind, n) {
   pause();
   setEpoch(epoch);
   if (epoch === net.final && input.kind === "image") checkResults(input.n, valuesOf(lastLayer()));
-  runImages();
+  if (!net.checked) runImages();
 }
 
 function start() {
@@ -868,8 +873,8 @@ function start() {
     clear: () => setImage("drawing"),
     "show-images": () => setImage("image"),
     "show-errors": () => setImage("error"),
-    unpin: () => select(state.value, !state.pinned),
-    "play-slide": () => (state.slide === "playing" ? pauseSlide() : startSlide()),
+    unpin: () => pin(state.value),
+    "play-slide": () => (state.slide ? pauseSlide() : startSlide()),
     play: () => (timers.play ? pause() : play()),
     "start-tour": () => goToStep(1),
     "tour-back": () => goToStep(state.tour - 1),
