@@ -66,10 +66,13 @@ function diverging(most) {
 
 function paint(canvas, values, color) {
   const image = new ImageData(canvas.width, canvas.height), {data} = image;
-  values.forEach((value, i) => {
-    [data[4 * i], data[4 * i + 1], data[4 * i + 2]] = color(value);
+  for (let i = 0; i < values.length; i++) {
+    const [red, green, blue] = color(values[i]);
+    data[4 * i] = red;
+    data[4 * i + 1] = green;
+    data[4 * i + 2] = blue;
     data[4 * i + 3] = 255;
-  });
+  }
   canvas.getContext("2d").putImageData(image, 0, 0);
   return canvas;
 }
@@ -87,7 +90,7 @@ function framed(shape, values, color, box) {
 }
 
 function placeFrame(frame, box, {height, width}) {
-  frame.hidden = !box;
+  if (frame.hidden === Boolean(box)) frame.hidden = !box; // writing it is slow
   if (!box) return;
   const part = {left: width, top: height, width, height};
   for (const side in part) frame.style[side] = `${(100 * box[side]) / part[side]}%`;
@@ -564,7 +567,8 @@ function draw(points) {
 
 function readPad() {
   const {data} = pad.getImageData(0, 0, PAD.width, PAD.height);
-  const drawing = new Float32Array(PAD.size).map((_, i) => (data[4 * i] * data[4 * i + 3]) / 255);
+  const drawing = new Float32Array(PAD.size);
+  for (let i = 0; i < PAD.size; i++) drawing[i] = (data[4 * i] * data[4 * i + 3]) / 255;
   const box = boundingBox(drawing), centered = element("centered").checked;
   const whole = {top: 0, left: 0, ...PAD};
   if (!box) state.image = null;
