@@ -157,7 +157,7 @@ def forget_modules(result):
             del sys.modules[name]
 
 
-if hasattr(builtins, "get_ipython") and ROOT in Path(sys.argv[0]).resolve().parents:  # in %run
+if hasattr(builtins, "get_ipython") and ROOT in Path(sys.argv[0]).resolve().parents[:2]:  # in %run
     ipython = builtins.get_ipython()
     ipython.events.register("post_run_cell", forget_modules)
 
@@ -641,7 +641,7 @@ def fixed_image():
 def fixed_image_logits(model):
     """Compute the logits of `model` for `fixed_image` on the CPU, in evaluation mode."""
     device = next(model.parameters()).device
-    model.eval()(fixed_image().to(device))  # clears stored graphs, which deepcopy rejects
+    model.eval()(fixed_image().to(device))  # drops graphs stored by forward, for deepcopy
     return copy.deepcopy(model).cpu()(fixed_image())  # devices round differently
 
 
