@@ -1,7 +1,6 @@
 """The page images/lenet5.html, and images/page.py, which builds such pages, in a browser."""
 
 import json
-import math
 import re
 import shutil
 import subprocess
@@ -205,7 +204,7 @@ def test_page_of_a_run_shows_it_first(finished_run, options, data_dir, tmp_path,
     assert arrays["weights"] == weights.numpy().tobytes()
     assert (description["mean"], description["std"]) == (run["mean"], run["std"])
     with pytest.raises(Unsupported, match="infinite or NaN"):
-        page.write({"Glyphs": (description | {"std": math.nan}, {})}, path)
+        page.write({"Glyphs": (description | {"std": float("nan")}, {})}, path)
 
 
 CHECK = """
@@ -317,6 +316,7 @@ def test_drawing_is_recognized_centered_if_wanted_and_spoken_at_the_end(opened):
         actions.pause(0.8) if n else actions.click_and_hold()
     actions.release().perform()
     assert shown.text("#answer") == "7"
+    assert shown.run("return argmax(valuesOf(lastLayer()).with(7, -99)) === rivalOf(7)")
     shown.wait(lambda: shown.run("return spoken.length"))
     assert [[stroke, text[:2]] for stroke, text in shown.run("return spoken")] == [[False, "7,"]]
     row = """const values = [...state.image], total = sum(values);

@@ -27,6 +27,8 @@ const pad = element("drawing").getContext("2d", {willReadFrequently: true});
 const lastLayer = () => state.net.layers.at(-1);
 const valuesOf = layer => state.steps[layer.index].at(-1);
 const imagesOf = kind => (kind === "error" ? state.net.errors : state.net.images);
+const labelOfInput = () => // of a drawing: undefined
+  state.kind === "drawing" ? undefined : imagesOf(state.kind)[state.n].label;
 
 // --- Elements and pictures -----------------------------------------------------------------------
 
@@ -252,9 +254,10 @@ function renderPanel() {
   element("selected").hidden = !value;
   if (!value) return;
   const {layer, i} = value, shown = show(valuesOf(layer)[i], layer.decimals);
-  for (const step of explain(net, steps, value)) rows.push(...RENDER[step.kind](step, layer));
+  const explained = explain(net, steps, value);
+  for (const step of explained) rows.push(...RENDER[step.kind](step, layer));
   const difference = pinned && layer === lastLayer() && canCompare(net) ? renderDifference(i) : [];
-  const maps = pinned && layer.index && layer.after.area > 1 ? renderMaps(value) : [];
+  const maps = pinned && layer.index && layer.after.area > 1 ? renderMaps(value, explained[0]) : [];
   element("title").textContent = `${valueName(value)}: ${shown}`;
   element("unpin").textContent = pinned ? "Unpin (Esc)" : "Pin";
   element("slide").hidden = !maps.length;
@@ -348,7 +351,7 @@ function renderDifference(first) {
 
 // The class to compare with: of a misclassified image its own class, otherwise the next best.
 function rivalOf(first) {
-  const scores = [...valuesOf(lastLayer())], {label = first} = imagesOf(state.kind)[state.n] ?? {};
+  const scores = [...valuesOf(lastLayer())], label = labelOfInput() ?? first;
   if (label !== first && argmax(scores) === first) return label;
   scores[first] = -Infinity;
   return argmax(scores);
@@ -357,10 +360,10 @@ function rivalOf(first) {
 // --- The sliding window --------------------------------------------------------------------------
 
 // The map of a value and a map that it sees, enlarged. While the window slides, the map fills in.
-function renderMaps({layer, i}) {
+function renderMaps({layer, i}, explained) {
   const {net, slide} = state, {after, windows} = layer, source = net.layers[layer.index - 1];
   const {map, row: top, column: left} = coordinates(after, i), name = mapName(layer, map);
-  const from = shownInput({layer, i}), box = receptiveField(net.layers, {layer, i})[source.index];
+  const from = shownInput(explained), box = receptiveField(net.layers, {layer, i})[source.index];
   const part = (of, n) => [...valuesOf(of).subarray(n * of.after.area, (n + 1) * of.after.area)];
   const own = part(layer, map);
   if (slide) own.length = (i % after.area) + 1;
@@ -380,8 +383,7 @@ function renderMaps({layer, i}) {
 }
 
 // The input map to show: an opened one, or the one with the largest weights.
-function shownInput(value) {
-  const [{terms, map}] = explain(state.net, state.steps, value);
+function shownInput({terms, map}) {
   if (!terms) return map; // of pooling
   const weights = terms.map(({kernel}) => sum(kernel.map(Math.abs)));
   const opened = terms.find(term => state.opened.has(`map ${term.map}`));
@@ -529,9 +531,9 @@ function update() {
 }
 
 function renderAnswer() {
-  const {net, image, kind, n, steps, stroke} = state, {classes} = net;
+  const {net, image, kind, steps, stroke} = state, {classes} = net;
   const chances = probabilities(net, steps), answer = argmax(chances), rival = rivalOf(answer);
-  const {label = answer} = kind === "drawing" ? {} : imagesOf(kind)[n], correct = answer === label;
+  const label = labelOfInput() ?? answer, correct = answer === label;
   const verdict = correct ? "✓ Correct" : `✗ Wrong: it is ${classes[label]}`;
   element("answer").textContent = image ? classes[answer] : "";
   element("verdict").textContent = kind === "drawing" ? "" : verdict;
@@ -623,17 +625,16 @@ function pin(value) {
     (state.pinned ? element("panel") : value.layer.maps)?.scrollIntoView({block: "nearest"});
 }
 
-// Explain a value, or none. If it is pinned, it stays.
-function select(value, pinned) {
+// Explain a value, or none. If it is pinned, it stays. A class can have a rival.
+function select(value, pinned, rival = value && isSelected(value) ? state.rival : null) {
   const {value: last, pinned: wasPinned} = state;
   const mapOf = value => value && [value.layer.index, coordinates(value.layer.after, value.i).map];
   const sameMap = pinned === wasPinned && String(mapOf(last)) === String(mapOf(value));
-  if (!value || !isSelected(value)) state.rival = null;
   if (state.value?.layer !== value?.layer) {
     pauseSlide();
     state.opened = new Set();
   }
-  Object.assign(state, {value, pinned});
+  Object.assign(state, {value, pinned, rival});
   if (pinned && !state.outputs && !timers.play) runImages();
   if (!sameMap) {
     renderPatches();
@@ -644,12 +645,7 @@ function select(value, pinned) {
   saveState();
 }
 
-function compare(first, second) {
-  select({layer: lastLayer(), i: first}, true);
-  state.rival = second;
-  renderPanel();
-  saveState();
-}
+const compare = (first, second) => select({layer: lastLayer(), i: first}, true, second);
 
 // --- Training ------------------------------------------------------------------------------------
 
@@ -666,7 +662,11 @@ function setEpoch(epoch) {
   element("when").textContent = text;
   element("epoch").value = epoch;
   element("epoch").setAttribute("aria-valuetext", text);
-  if (!final && state.kind === "error") setImage("image"); // errors are those of the final epoch
+  if (!final && state.kind === "error") { // the errors are those of the final epoch
+    Object.assign(state, {kind: "image", n: 0});
+    buildImages("image");
+    showImage();
+  }
   renderPatches();
   labelImages();
   labelStrip();
@@ -843,6 +843,7 @@ function showNetwork(name, number, kind, n) {
   const epoch = index < 0 ? net.final : index;
   const images = {image: net.images, error: epoch === net.final ? net.errors : []};
   const input = images[kind]?.[n] || kind === "drawing" ? {kind, n} : {kind: "image", n: 0};
+  const isNew = net !== state.net;
   clearInterval(timers.slide);
   Object.assign(state, {net, value: null, pinned: false, slide: false, cell: null, ...input});
   for (const button of element("datasets").children)
@@ -851,10 +852,12 @@ function showNetwork(name, number, kind, n) {
   document.body.style.setProperty("--epochs", net.epochs.length);
   element("training").hidden = !net.final;
   element("epoch").max = net.final;
-  buildLayers();
-  buildStrip();
+  if (isNew) {
+    buildLayers();
+    buildStrip();
+    arrange();
+  }
   buildImages(galleryOf(input.kind));
-  arrange();
   showImage();
   pause();
   setEpoch(epoch);
