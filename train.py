@@ -61,7 +61,7 @@ def parse_args(argv):
     """Parse the command line.
 
     Returns:
-        args (namespace): all options except OPTIONS, such as the dataset, the name and the paths.
+        args (namespace): the options not in OPTIONS: dataset, name, paths, device and resume.
         options (dict): the OPTIONS, which determine the result and are saved with it.
     """
     parser = make_parser()
@@ -149,7 +149,7 @@ def make_optimizers(model, lr, weight_decay):
     matrices = [p for p in trainable if p.ndim > 1]
     vectors = [p for p in trainable if p.ndim <= 1]
     hidden, output = matrices[:-1], matrices[-1:]
-    muon = Muon([{"params": hidden}], lr, weight_decay=weight_decay)  # the group may be empty
+    muon = Muon([{"params": hidden}], lr, weight_decay=weight_decay)  # a bare [] is an error
     adamw = torch.optim.AdamW(
         [{"params": vectors + output}], lr / 2, weight_decay=2 * weight_decay, fused=True
     )
@@ -222,7 +222,7 @@ def train_epoch(run, model, optimizers, train_set, epoch):
     for step, (x, y) in enumerate(bar, start=(epoch - 1) * epoch_steps):
         factor = one_cycle(step / (options["epochs"] * epoch_steps))
         for group in groups:
-            group["lr"] = factor * group.setdefault("initial_lr", group["lr"])  # like LRScheduler
+            group["lr"] = factor * group.setdefault("initial_lr", group["lr"])  # the peak
         logits = model(x)
         loss = F.cross_entropy(logits, y, label_smoothing=options["label_smoothing"])
         model.zero_grad()
@@ -306,9 +306,10 @@ def print_start(args, run, model):
     print(f"{run['dataset']}: {count:,} images to train on, {val_count:,} for validation")
     logits = utils.fixed_image_logits(model)
     probabilities = utils.probabilities(logits)
-    if any(torch.allclose(logits, p, atol=1e-4) for p in (probabilities, probabilities.log())):
+    forms = probabilities, probabilities.log()  # what softmax and log_softmax return
+    if any(torch.allclose(logits, form, atol=1e-4) for form in forms):
         text = "forward in model.py ends in a softmax, which the loss applies again: remove it"
-        print(f"Warning: {text}", file=sys.stderr)  # or a log_softmax
+        print(f"Warning: {text}", file=sys.stderr)
     best = output_path(args, run, "best.pt")
     epoch, epochs = len(run["history"]), run["options"]["epochs"]
     if epoch == epochs:
@@ -364,7 +365,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args, options = parse_args(argv)
     device = utils.choose_device(args.device)
-    torch.empty(31 * 2**20, dtype=torch.uint8)  # freeing it makes glibc reuse memory: 25% faster
+    torch.empty(31 * 2**20, dtype=torch.uint8)  # glibc then reuses large blocks: 25% faster
     path = None
     run = {"name": args.name, "dataset": args.dataset, "options": options, "history": []}
     if args.resume:
@@ -412,12 +413,12 @@ def prepare_model(run, path, device):
     """Make the network and its optimizers, and restore them if `run` was read from `path`."""
     options = run["options"]
     num_classes = len(DATASETS[run["dataset"]].classes)
-    other = utils.to_device(LeNet(num_classes), num_classes, torch.device("cpu"))  # unseeded
+    unseeded = utils.to_device(LeNet(num_classes), num_classes, torch.device("cpu"))
     torch.manual_seed(options["seed"])
     model = utils.to_device(LeNet(num_classes), num_classes, device)
     # With equal weights, both must return equal logits. Otherwise test.py could not load the run.
-    other.load_state_dict(model.state_dict())
-    if not utils.same_logits(utils.fixed_image_logits(other), utils.fixed_image_logits(model)):
+    unseeded.load_state_dict(model.state_dict())
+    if not utils.same_logits(utils.fixed_image_logits(unseeded), utils.fixed_image_logits(model)):
         raise Error(
             "forward returns NaN, or different logits for equal weights, so a checkpoint cannot "
             "restore the network: pass training=self.training to F.dropout; store state in buffers"

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import difflib
 import errno
+import gc
 import inspect
 import io
 import os
@@ -27,12 +28,16 @@ from pathlib import Path
 # Waiting OpenMP threads spin. On busy cores this makes a step ten times slower, so let them sleep
 # sooner. The variable is read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+gc.disable()  # its passes over the objects of torch would take a third of the start
 
 import torch
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
 
 from images.glyphs import draw_glyphs
+
+gc.enable()
+gc.freeze()  # later passes, such as those at exit, skip these objects, too
 
 ROOT = Path(__file__).resolve().parent
 
@@ -150,7 +155,7 @@ def run_script(main):
 
 
 def forget_modules(result):
-    """Remove the project's modules, so that the next %run in IPython imports edited files."""
+    """Forget our modules, so that the next %run of a script in ROOT or ROOT/* sees edited files."""
     ipython.events.unregister("post_run_cell", forget_modules)
     for name in list(sys.modules):
         if name in ("model", "train", "test", "utils") or name.split(".")[0] == "images":
@@ -241,8 +246,8 @@ class DatasetInfo:
     flip: bool = False  # augmentation: flip half of the images horizontally
     shift: int = 1  # augmentation: largest shift, in pixels
     strokes: bool = True  # augmentation: vary the width of pen strokes
-    object_size: int = 20  # pixels along the longer side of an object, in a 28x28 image
-    centered_by_mass: bool = False  # otherwise by bounding box
+    object_size: int = 20  # your own pictures: longer side of the object, in 28x28 pixels
+    centered_by_mass: bool = False  # your own pictures; otherwise by bounding box
     mirrors: tuple = ()  # download addresses in addition to those of torchvision
 
 
@@ -300,13 +305,10 @@ def load_training_images(dataset, data_dir):
     try:
         return "FashionMNIST", *load_images("FashionMNIST", data_dir, "train")
     except Unavailable as error:
-        print(
-            f"{'!' * 100}\n{error}.\n\n"
-            "TRAINING ON GLYPHS INSTEAD: digits drawn with the fonts included in matplotlib.\n"
-            "The accuracy will say nothing about FashionMNIST.\n"
-            f"{'!' * 100}",
-            file=sys.stderr,
-        )
+        text = "TRAINING ON GLYPHS INSTEAD: digits drawn with the fonts included in matplotlib.\n"
+        text += "The accuracy will say nothing about FashionMNIST."
+        line = "!" * 100
+        print(f"{line}\n{error}.\n\n{text}\n{line}", file=sys.stderr)
     return "Glyphs", *load_images("Glyphs", data_dir, "train")
 
 
@@ -328,7 +330,6 @@ def download_split(dataset_class, data_dir, train):
     name, mirrors = dataset_class.__name__, dataset_class.mirrors
     raw = data_dir / name / "raw"
     old_files = set(raw.glob("*-ubyte*"))
-    reason = "it has no mirrors"
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:
@@ -349,7 +350,7 @@ def download_split(dataset_class, data_dir, train):
         dataset_class.mirrors = mirrors
     text = f"and cannot be downloaded ({reason}): put its four .gz files into {shown(raw)}"
     if old_files:
-        raise Error(f"{name} is incomplete or damaged {text}; delete the others")
+        raise Error(f"{name} is incomplete or damaged {text} and delete its other files")
     raise Unavailable(f"{name} is missing {text}")
 
 
@@ -362,10 +363,8 @@ def read_split(dataset_class, data_dir, train, download=False):
         data = dataset_class(data_dir, train=train, download=download)
     count, num_classes = len(data.targets), len(DATASETS[name].classes)
     if data.data.shape != (count, 28, 28) or data.targets.max() >= num_classes:
-        raise Error(
-            f"{name} in {directory} does not consist of 28x28 images of {num_classes} classes: "
-            "delete the directory if its files are wrong, or correct DATASETS in utils.py"
-        )
+        message = f"{name} in {directory} does not consist of 28x28 images of {num_classes} classes"
+        raise Error(f"{message}: delete the directory if it is damaged, or correct DATASETS")
     return data.data, data.targets
 
 
@@ -455,7 +454,7 @@ def vary_stroke_width(x, amount):
 
 
 @torch.no_grad()
-def predict(model, images, mean, std, batch_size=1000):
+def predict(model, images, mean, std, batch_size=250):
     """Return the logits (float, N x classes) of `model` for images (uint8, N x 28 x 28).
 
     Raises:
@@ -593,7 +592,7 @@ def newest_checkpoint(args, resume=False):
     """Return the path and contents of best.pt of the newest run that --name and --dataset select.
 
     With `resume`, return last.pt instead if it continues best.pt. If the run was killed between
-    writing the two, it does not: then last.pt is missing, one epoch behind, or from an older run.
+    writing the two, last.pt is missing, one epoch behind, or from an older run.
 
     Raises:
         Unavailable: no run matches.
@@ -641,7 +640,7 @@ def fixed_image():
 def fixed_image_logits(model):
     """Compute the logits of `model` for `fixed_image` on the CPU, in evaluation mode."""
     device = next(model.parameters()).device
-    model.eval()(fixed_image().to(device))  # drops graphs stored by forward, for deepcopy
+    model.eval()(fixed_image().to(device))  # no_grad: what forward stored can be copied
     return copy.deepcopy(model).cpu()(fixed_image())  # devices round differently
 
 
