@@ -75,31 +75,24 @@ def describe_network(run, model, images, labels, logits):
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     samples = torch.cat([order[labels[order] == label][:10] for label in labels.unique()])
     errors = order[(logits.argmax(dim=1) != labels)[order]][:50]  # in the same random order
+    shown = torch.cat([samples, errors])
     epochs = list(quantized_epochs(run, model, images))
     predictions = [epoch[3] for epoch in epochs] + [logits.argmax(dim=1)]
     classes = len(dataset.classes)
     confusion = [(labels * classes + p).bincount(minlength=classes**2) for p in predictions]
-    answers = torch.stack([labels, *predictions]).to(torch.uint8)  # the first row is the truth
     x = utils.normalize(F.pad(images[samples[::5]], [2] * 4), run["mean"], run["std"])
-    description = {
-        "classes": dataset.classes,
-        "mean": run["mean"],
-        "std": run["std"],
-        "object_size": dataset.object_size,
-        "centered_by_mass": dataset.centered_by_mass,
-        "layers": describe_layers(layers, x),
-        "epochs": [epoch[0] for epoch in epochs] + [run["epoch"]],
-    }
+    description = {"classes": dataset.classes, "object_size": dataset.object_size}
+    description |= {"centered_by_mass": dataset.centered_by_mass, "samples": len(samples)}
+    description |= {"mean": run["mean"], "std": run["std"], "layers": describe_layers(layers, x)}
+    description["epochs"] = [epoch[0] for epoch in epochs] + [run["epoch"]]
     arrays = {
         "weights": concatenate(tensors_of(layers)),
         "snapshots": concatenate(tensor for epoch in epochs for tensor in epoch[2]).to(torch.int8),
         "scales": concatenate(epoch[1] for epoch in epochs),
         "confusion": torch.stack(confusion).int(),
-        "images": images[samples],
-        "image_classes": answers[:, samples],
-        "logits": logits[samples],
-        "errors": images[errors],
-        "error_classes": answers[:, errors],
+        "images": images[shown],
+        "classes": torch.stack([labels, *predictions])[:, shown].to(torch.uint8),  # truth first
+        "logits": logits[shown],
     }
     return description, arrays
 

@@ -29,27 +29,27 @@ const indexOf = ({height, width}, map, row, column) => (map * height + row) * wi
 // How a layer sees the one before. Each output map sees `seen` input maps, and `sharing` output
 // maps see the same ones. For each output position, `places` lists where its window lies in an
 // input map, in the order of the kernel's weights; -1 is padding. A linear layer sees maps of one
-// value.
+// value, and does not slide over them.
 function windowsOf({operations: [{op, attributes}], before, after}) {
-  const one = {kernel: [1, 1], places: Int32Array.of(0), mapArea: 1};
+  const one = {kernel: [1, 1], places: Int32Array.of(0), mapArea: 1, slides: false};
   if (op === "linear") return {...one, seen: before.size, sharing: after.maps};
   const {kernel_size: kernel, stride, dilation = [1, 1]} = attributes;
   const {groups = op === "conv2d" ? 1 : after.maps} = attributes;
   const named = {valid: [0, 0], same: kernel.map((n, axis) => (dilation[axis] * (n - 1)) >> 1)};
   const padding = named[attributes.padding] ?? attributes.padding ?? [0, 0];
-  const along = (axis, position, k) =>
-    position * stride[axis] - padding[axis] + k * dilation[axis];
+  const place = (axis, position, k) => position * stride[axis] - padding[axis] + k * dilation[axis];
   const places = [];
   for (let row = 0; row < after.height; row++)
     for (let column = 0; column < after.width; column++)
       for (let y = 0; y < kernel[0]; y++)
         for (let x = 0; x < kernel[1]; x++) {
-          const down = along(0, row, y), across = along(1, column, x);
+          const down = place(0, row, y), across = place(1, column, x);
           const inside = down >= 0 && down < before.height && across >= 0 && across < before.width;
           places.push(inside ? indexOf(before, 0, down, across) : -1);
         }
   const [seen, sharing] = [before.maps / groups, after.maps / groups];
-  return {kernel, seen, sharing, places: Int32Array.from(places), mapArea: before.area, along};
+  const shared = {mapArea: before.area, slides: true};
+  return {kernel, seen, sharing, places: Int32Array.from(places), ...shared};
 }
 
 // Where value i comes from: for each input map that it sees, the map and its window.
@@ -68,23 +68,32 @@ function receptiveField(layers, {layer, i}) {
   const {map, row, column} = coordinates(layer.after, i), boxes = [];
   boxes[layer.index] = {first: map, last: map, top: row, left: column, height: 1, width: 1};
   for (let k = layer.index; k > 0; k--) {
-    const {before, windows: {kernel, seen, sharing, along}} = layers[k], {after} = layers[k - 1];
-    const {first, last, top, left, height, width} = boxes[k];
-    boxes[k - 1] = {first: 0, last: after.maps - 1, top: 0, left: 0, ...after};
-    if (!along || before.height !== after.height) continue; // it sees all, or the maps are reshaped
-    const side = (axis, start, length, limit) => {
-      const places = count(length * kernel[axis], n =>
-        along(axis, start + Math.floor(n / kernel[axis]), n % kernel[axis]));
-      const inside = places.filter(place => place >= 0 && place < limit);
-      return inside.length ? [Math.min(...inside), Math.max(...inside)] : [0, -1]; // all padding
-    };
-    const [up, down] = side(0, top, height, before.height);
-    const [from, to] = side(1, left, width, before.width);
-    const group = n => Math.floor(n / sharing) * seen;
-    boxes[k - 1] = {first: group(first), last: group(last) + seen - 1,
-      top: up, left: from, height: down - up + 1, width: to - from + 1};
+    const {before, after, windows: {kernel, seen, sharing, places, slides}} = layers[k];
+    const {first, last, top, left, height, width} = boxes[k], source = layers[k - 1].after;
+    boxes[k - 1] = {first: 0, last: source.maps - 1, top: 0, left: 0, ...source};
+    if (!slides || before.height !== source.height) continue; // it sees all, or maps are reshaped
+    const marks = new Uint8Array(before.area), length = kernel[0] * kernel[1];
+    for (let y = top; y < top + height; y++) {
+      const start = indexOf(after, 0, y, left) * length;
+      for (let n = start; n < start + width * length; n++) if (places[n] >= 0) marks[places[n]] = 1;
+    }
+    const [from, to] = [first, last].map(n => Math.floor(n / sharing) * seen);
+    boxes[k - 1] = {first: from, last: to + seen - 1, ...boundingBox(before, marks)};
   }
   return boxes;
+}
+
+// The smallest box around all values of a map that are not 0. It may be empty.
+function boundingBox({height, width}, values) {
+  let [top, bottom, left, right] = [height, -1, width, -1];
+  values.forEach((value, i) => {
+    if (!value) return;
+    const row = Math.floor(i / width), column = i % width;
+    [top, bottom] = [Math.min(top, row), row];
+    [left, right] = [Math.min(left, column), Math.max(right, column)];
+  });
+  return bottom < 0 ? {top: 0, left: 0, height: 0, width: 0}
+    : {top, left, height: bottom - top + 1, width: right - left + 1};
 }
 
 // --- The forward pass ----------------------------------------------------------------------------
@@ -105,73 +114,79 @@ function weightedSums(x, {values: {weight, bias}}, {windows, after}) {
 }
 
 function pooling(combine) {
-  return (x, operation, {windows: {kernel, places, mapArea}, after}) => {
+  return (x, _, {windows: {kernel, places, mapArea}, after}) => {
     const length = kernel[0] * kernel[1], output = new Float64Array(after.size);
     for (let i = 0; i < after.size; i++) {
       const offset = Math.floor(i / after.area) * mapArea, start = (i % after.area) * length;
       const values = [];
       for (let k = start; k < start + length; k++)
         if (places[k] >= 0) values.push(x[offset + places[k]]);
-      output[i] = combine(values, operation);
+      output[i] = combine(values, length);
     }
     return output;
   };
 }
 
-// What an average is divided by: as in PyTorch, padding counts.
-function divisor({attributes: {padding = [0, 0], kernel_size: [height, width]}}, length) {
-  return Math.max(...padding) > 0 ? height * width : length;
-}
-
-function softmax(logits) {
-  const most = Math.max(...logits), powers = logits.map(logit => Math.exp(logit - most));
-  const total = sum(powers);
-  return powers.map(power => power / total);
-}
-
-// Operations that compute each value from one value, by their names in PyTorch.
-const ELEMENTWISE = {
-  sigmoid: x => 1 / (1 + Math.exp(-x)),
-  tanh: Math.tanh,
-  relu: x => Math.max(0, x),
-  leaky_relu: (x, {negative_slope = 0.01}) => (x > 0 ? x : negative_slope * x),
-  add: (x, {other}) => x + other,
-  sub: (x, {other}) => x - other,
-  mul: (x, {other}) => x * other,
-  div: (x, {other}) => x / other,
-  batch_norm: (x, {running_mean, running_var, weight = 1, bias = 0, eps = 1e-5}) =>
-    ((x - running_mean) / Math.sqrt(running_var + eps)) * weight + bias,
+// Other operations compute each value from one value, `x` in their formula. The other names in it
+// are numbers of the operation.
+const FORMULAS = {
+  add: ["x + other", ({x, other}) => x + other],
+  sub: ["x − other", ({x, other}) => x - other],
+  mul: ["x × other", ({x, other}) => x * other],
+  div: ["x ÷ other", ({x, other}) => x / other],
+  sigmoid: ["sigmoid(x)", ({x}) => 1 / (1 + Math.exp(-x))],
+  tanh: ["tanh(x)", ({x}) => Math.tanh(x)],
+  relu: ["relu(x)", ({x}) => Math.max(0, x)],
+  leaky_relu: ["leaky relu(x)", ({x, negative_slope = 0.01}) => (x > 0 ? x : negative_slope * x)],
+  softmax: ["softmax: e^(x − best) ÷ total", ({x, best, total}) => Math.exp(x - best) / total],
+  log_softmax: ["log softmax: log(e^(x − best) ÷ total)",
+    ({x, best, total}) => x - best - Math.log(total)],
+  batch_norm: ["(x − running_mean) ÷ std × weight + bias",
+    ({x, running_mean, std, weight, bias}) => ((x - running_mean) / std) * weight + bias],
+  input: ["(pixel x ÷ 255 − mean) ÷ std", ({x, mean, std}) => (x / 255 - mean) / std],
 };
+
+// The numbers in the formula of an operation for value i of `inputs`. A tensor has one number for
+// each map.
+function numbersOf({op, attributes, values}, inputs, i) {
+  const numbers = {x: inputs[i], ...attributes};
+  for (const [name, tensor] of Object.entries(values))
+    numbers[name] = tensor[Math.floor((i * tensor.length) / inputs.length)];
+  if (op === "batch_norm") {
+    const {running_var, eps = 1e-5, weight = 1, bias = 0} = numbers;
+    return {...numbers, weight, bias, std: Math.sqrt(running_var + eps)};
+  }
+  if (!/softmax/.test(op)) return numbers;
+  const best = Math.max(...inputs);
+  return {...numbers, best, total: sum(inputs.map(value => Math.exp(value - best)))};
+}
 
 const OPERATIONS = {
   conv2d: weightedSums,
   linear: weightedSums,
-  avg_pool2d: pooling((values, operation) => sum(values) / divisor(operation, values.length)),
+  avg_pool2d: pooling((values, length) => sum(values) / length), // as in PyTorch, padding counts
   max_pool2d: pooling(values => Math.max(...values)),
-  softmax,
-  log_softmax: x => softmax(x).map(Math.log),
 };
-for (const [op, compute] of Object.entries(ELEMENTWISE))
-  OPERATIONS[op] = (x, operation) => {
-    const shared = Object.keys(operation.values).length ? null : operation.attributes;
-    return x.map((value, i) => compute(value, shared ?? attributesAt(operation, i, x.length)));
+for (const [op, [, compute]] of Object.entries(FORMULAS))
+  OPERATIONS[op] = (inputs, operation) => {
+    const shared = numbersOf(operation, inputs, 0), {length} = Object.keys(operation.values);
+    return inputs.map((x, i) => {
+      const numbers = length ? numbersOf(operation, inputs, i) : shared;
+      numbers.x = x;
+      return compute(numbers);
+    });
   };
 
-// The attributes of an operation for value i of `length`: a tensor has one number for each map.
-function attributesAt({attributes, values}, i, length) {
-  const numbers = Object.entries(values).map(([name, tensor]) =>
-    [name, tensor[Math.floor((i * tensor.length) / length)]]);
-  return {...attributes, ...Object.fromEntries(numbers)};
-}
+const SOFTMAX = {op: "softmax", attributes: {}, values: {}};
 
 // The results of all operations, for each layer in turn; the last one is the layer's output. The
-// image (28x28, 0 to 255; null: black) is padded and normalized. Operations that do nothing at
-// evaluation, such as dropout, are skipped.
-function forward({mean, std, layers}, image) {
-  let x = new Float64Array(INPUT.size).fill(-mean / std);
+// image (28x28, 0 to 255; null: black) is padded. Operations that do nothing at evaluation, such as
+// dropout, are skipped.
+function forward({layers}, image) {
+  let x = new Float64Array(INPUT.size);
   image?.forEach((value, i) => {
     const {row, column} = coordinates(IMAGE, i);
-    x[indexOf(INPUT, 0, row + 2, column + 2)] = (value / 255 - mean) / std;
+    x[indexOf(INPUT, 0, row + 2, column + 2)] = value;
   });
   return layers.map(layer => layer.operations.map(operation => {
     x = OPERATIONS[operation.op]?.(x, operation, layer) ?? x;
@@ -179,11 +194,10 @@ function forward({mean, std, layers}, image) {
   }));
 }
 
-const outputsOf = steps => steps.map(results => results.at(-1));
-
 function probabilities({layers}, steps) {
   const output = steps.at(-1).at(-1);
-  return layers.at(-1).operations.at(-1).op === "softmax" ? output : softmax(output);
+  return layers.at(-1).operations.at(-1).op === "softmax" ? output
+    : OPERATIONS.softmax(output, SOFTMAX);
 }
 
 // --- Networks and their epochs -------------------------------------------------------------------
@@ -196,19 +210,17 @@ function makeNetwork(description, arrays) {
     layer.decimals = decimalsOf(layer.range);
     layer.explained = [...layer.operations];
     if (index) layer.windows = windowsOf(layer);
-    if (index === net.layers.length - 1 && !/softmax/.test(layer.operations.at(-1).op))
-      layer.explained.push({op: "softmax", attributes: {}, values: {}});
   });
-  const imagesFrom = (pixels, classes) => {
-    const all = classes.length / (net.epochs.length + 1); // one row of labels, and of each epoch
-    return count(all, n => ({
-      image: pixels.subarray(784 * n, 784 * (n + 1)),
-      label: classes[n],
-      answers: net.epochs.map((_, epoch) => classes[(epoch + 1) * all + n]),
-    }));
-  };
-  net.images = imagesFrom(arrays.images, arrays.image_classes);
-  net.errors = imagesFrom(arrays.errors, arrays.error_classes);
+  const {explained} = net.layers.at(-1);
+  if (!/softmax/.test(explained.at(-1).op)) explained.push(SOFTMAX);
+  net.layers[0].operations[0].attributes = {mean: net.mean, std: net.std};
+  const all = arrays.images.length / IMAGE.size;
+  net.images = count(all, n => ({
+    image: arrays.images.subarray(IMAGE.size * n, IMAGE.size * (n + 1)),
+    label: arrays.classes[n], // in the first row; the others have the answers in each epoch
+    answers: net.epochs.map((_, epoch) => arrays.classes[(epoch + 1) * all + n]),
+    logits: arrays.logits.subarray(net.classes.length * n, net.classes.length * (n + 1)),
+  }));
   return net;
 }
 
@@ -227,31 +239,17 @@ function useWeights(net, epoch) {
   }
 }
 
-// Whether the logits of test images, from image n on, are those that PyTorch computed.
-function agrees({arrays: {logits: expected}, classes}, n, logits) {
-  const tolerance = 1e-3 * Math.max(1, maxAbs(expected)), start = n * classes.length;
-  return logits.every((logit, i) => Math.abs(logit - expected[start + i]) <= tolerance);
+// Whether the final network's logits of a test image are those that PyTorch computed.
+function agrees({arrays, images}, n, logits) {
+  const tolerance = 1e-3 * Math.max(1, maxAbs(arrays.logits));
+  return logits.every((logit, i) => Math.abs(logit - images[n].logits[i]) <= tolerance);
 }
 
 // All test images of a class, counted by the class that the network of an epoch predicts.
-function confusions({arrays, classes: {length}}, epoch, label) {
-  const start = (epoch * length + label) * length;
-  return arrays.confusion.subarray(start, start + length);
-}
+const confusions = ({arrays: {confusion}, classes: {length}}, epoch, label) =>
+  confusion.subarray((epoch * length + label) * length).subarray(0, length);
 
 // --- Drawings ------------------------------------------------------------------------------------
-
-// The smallest box around all that is drawn on the pad, or null.
-function boundingBox(drawing) {
-  let [top, bottom, left, right] = [PAD.height, -1, PAD.width, -1];
-  for (let i = 0; i < PAD.size; i++) {
-    if (!drawing[i]) continue;
-    const row = Math.floor(i / PAD.width), column = i % PAD.width;
-    [top, bottom] = [Math.min(top, row), row];
-    [left, right] = [Math.min(left, column), Math.max(right, column)];
-  }
-  return bottom < 0 ? null : {top, left, height: bottom - top + 1, width: right - left + 1};
-}
 
 // The mean of each cell, where a box of the pad is divided into cells. Each has 10x10 points.
 function shrink(drawing, {top, left, height, width}, shape) {
@@ -272,8 +270,6 @@ function cropAndCenter(drawing, box, {object_size: size, centered_by_mass: byMas
   const sides = [box.height, box.width], scale = size / Math.max(...sides);
   const shape = shapeOf([1, ...sides.map(side => Math.max(1, Math.round(side * scale)))]);
   const pixels = shrink(drawing, box, shape), mass = byMass ? pixels : pixels.map(() => 1);
-  const peak = Math.max(...pixels);
-  const gain = peak < 253.5 ? 255 / peak : 1; // the images of the datasets reach 254 or 255
   const place = (axis, side) => {
     const center = sum(mass.map((value, i) => value * coordinates(shape, i)[axis])) / sum(mass);
     return clamp(Math.ceil(13.5 - center), 0, 28 - side);
@@ -282,7 +278,7 @@ function cropAndCenter(drawing, box, {object_size: size, centered_by_mass: byMas
   const image = new Float64Array(IMAGE.size);
   pixels.forEach((value, i) => {
     const {row, column} = coordinates(shape, i);
-    image[indexOf(IMAGE, 0, top + row, left + column)] = Math.round(gain * value);
+    image[indexOf(IMAGE, 0, top + row, left + column)] = Math.round(value);
   });
   return image;
 }
@@ -319,70 +315,23 @@ function decimalsFor(values, compute, decimals) {
 
 // --- Explanations --------------------------------------------------------------------------------
 
-const SYMBOLS = {add: "+", sub: "−", mul: "×", div: "÷"};
-
-// An operation that changes value i only: the numbers to show, how to compute the result from
-// them, and the text in which they are shown. `x` are the operation's inputs.
-function describeStep({mean, std}, operation, x, i) {
-  const {op} = operation, at = attributesAt(operation, i, x.length), name = op.replaceAll("_", " ");
-  if (SYMBOLS[op]) return {
-    numbers: [x[i], at.other],
-    compute: ([value, other]) => ELEMENTWISE[op](value, {other}),
-    text: (value, other) => `${value} ${SYMBOLS[op]} ${inParentheses(other)}`,
-  };
-  if (op === "batch_norm") return {
-    numbers: [x[i], at.running_mean, Math.sqrt(at.running_var + (at.eps ?? 1e-5)),
-      at.weight ?? 1, at.bias ?? 0],
-    compute: ([value, m, s, w, b]) => ((value - m) / s) * w + b,
-    text: (value, m, s, w, b) =>
-      `(${value} − ${inParentheses(m)}) ÷ ${s} × ${inParentheses(w)} + ${inParentheses(b)}`,
-  };
-  if (/softmax/.test(op)) {
-    const most = Math.max(...x), total = Math.exp(x[i] - most) / softmax(x)[i];
-    const [log, unit] = op === "softmax" ? ["", "%"] : ["log of ", ""];
-    return {
-      numbers: [x[i], most, total],
-      compute: ([value, m, t]) => log ? value - m - Math.log(t) : (100 * Math.exp(value - m)) / t,
-      text: (value, m, t) => `${name}: ${log}e^(${value} − ${inParentheses(m)}) ÷ ${t}`,
-      unit,
-    };
-  }
-  if (op === "leaky_relu" && x[i] < 0) return {
-    numbers: [x[i], at.negative_slope ?? 0.01],
-    compute: ([value, slope]) => value * slope,
-    text: (value, slope) => `leaky relu: ${inParentheses(value)} × ${slope}`,
-  };
-  if (op === "input") {
-    const pixel = Math.round(255 * (x[i] * std + mean));
-    return {
-      numbers: [mean, std],
-      compute: ([m, s]) => (pixel / 255 - m) / s,
-      text: (m, s) => `(pixel ${pixel} ÷ 255 − ${m}) ÷ ${s}`,
-    };
-  }
-  const compute = ELEMENTWISE[op] ?? (value => value); // such as dropout
-  return {
-    numbers: [x[i]],
-    compute: ([value]) => compute(value, at),
-    text: value => `${name}(${value})`,
-  };
+// The formula of an operation for value i, with numbers that give the result shown.
+function explainFormula(operation, x, i, decimals) {
+  const {op} = operation, numbers = numbersOf(operation, x, i);
+  const [formula, compute] = FORMULAS[op] ?? [`${op}(x)`, numbers => numbers.x]; // as dropout
+  const names = formula.match(/\w+/g).filter(name => name in numbers);
+  const from = values => compute({...numbers, ...Object.fromEntries(names.map((name, k) =>
+    [name, values[k]]))});
+  const values = names.map(name => numbers[name]), needed = decimalsFor(values, from, decimals);
+  const text = formula.replace(/(^|\()?\b(\w+)/g, (all, start, name) => {
+    if (!names.includes(name)) return all;
+    const shown = show(numbers[name], Number.isInteger(numbers[name]) ? 0 : needed);
+    return start === undefined ? inParentheses(shown) : start + shown;
+  });
+  return {kind: "line", text, total: show(from(values), decimals), decimals: needed};
 }
 
-// A term of a sum: a window of an input map times a kernel. Rounded numbers give rounded products.
-function makeTerm(map, window, kernel, digits) {
-  const products = window.map((value, k) => round(
-    round(value, digits.inputs) * round(kernel[k], digits.weights), digits.result));
-  return {map, window, kernel, products, total: round(sum(products), digits.result)};
-}
-
-function finishSum(terms, bias, result, digits) {
-  terms.sort((a, b) => Math.abs(b.total) - Math.abs(a.total));
-  const total = round(result, digits.result);
-  const shownBias = bias === undefined ? null : round(bias, digits.result);
-  const rounding = round(total - sum(terms.map(term => term.total)) - shownBias, digits.result);
-  return {terms, bias: shownBias, rounding, total, digits};
-}
-
+// A term is a window of an input map times a kernel. Rounded numbers give rounded products.
 function explainSum(layer, {values: {weight, bias}}, {x, result, i, decimals, inputs}) {
   const map = Math.floor(i / layer.after.area), sources = sourcesOf(layer, i);
   const {length} = sources[0].indices, start = map * sources.length * length;
@@ -390,15 +339,19 @@ function explainSum(layer, {values: {weight, bias}}, {x, result, i, decimals, in
   const digits = {inputs, weights: decimalsOf(kernels), result: decimals};
   const terms = sources.map(({map, indices}, n) => {
     const window = indices.map(index => (index < 0 ? 0 : x[index]));
-    return makeTerm(map, window, [...kernels.subarray(n * length, (n + 1) * length)], digits);
-  });
-  return {kind: "sum", ...finishSum(terms, bias?.[map], result, digits)};
+    const kernel = [...kernels.subarray(n * length, (n + 1) * length)];
+    const products = window.map((value, k) =>
+      round(round(value, inputs) * round(kernel[k], digits.weights), decimals));
+    return {map, indices, window, kernel, products, total: round(sum(products), decimals)};
+  }).sort((a, b) => Math.abs(b.total) - Math.abs(a.total));
+  const total = round(result, decimals), shownBias = bias ? round(bias[map], decimals) : null;
+  const rounding = round(total - sum(terms.map(term => term.total)) - shownBias, decimals);
+  return {kind: "sum", terms, bias: shownBias, rounding, total, digits};
 }
 
 function explainPool(layer, operation, {x, result, i, decimals}) {
   const [{map, indices}] = sourcesOf(layer, i), max = operation.op === "max_pool2d";
-  const values = indices.filter(index => index >= 0).map(index => x[index]);
-  const by = divisor(operation, values.length);
+  const values = indices.filter(index => index >= 0).map(index => x[index]), by = indices.length;
   const compute = numbers => (max ? Math.max(...numbers) : sum(numbers) / by);
   const digits = {inputs: decimalsFor(values, compute, decimals), result: decimals};
   const total = sum(values.map(value => round(value, digits.inputs)));
@@ -409,7 +362,8 @@ function explainPool(layer, operation, {x, result, i, decimals}) {
 // result gets the decimals that the next operation needs.
 function explain(net, steps, {layer, i}) {
   const source = net.layers[layer.index - 1], results = steps[layer.index], explained = [];
-  const given = [source ? steps[source.index].at(-1) : results[0], ...results]; // operation k: [k]
+  const pixel = x => Math.round(255 * (x * net.std + net.mean));
+  const given = [source ? steps[source.index].at(-1) : results[0].map(pixel), ...results];
   let {decimals} = layer;
   for (let k = layer.explained.length - 1; k >= 0; k--) {
     const operation = layer.explained[k], x = given[k], result = given[k + 1]?.[i];
@@ -417,12 +371,8 @@ function explain(net, steps, {layer, i}) {
     if (OPERATIONS[operation.op] === weightedSums) explained.push(explainSum(layer, operation, at));
     else if (operation.op.endsWith("pool2d")) explained.push(explainPool(layer, operation, at));
     else {
-      const {numbers, compute, text, unit = ""} = describeStep(net, operation, x, i);
-      const total = show(compute(numbers), unit ? 1 : decimals) + unit;
-      const needed = decimalsFor(numbers, compute, unit ? 1 : decimals);
-      decimals = Math.max(needed, unit ? layer.decimals : 0);
-      const shown = numbers.map(number => show(number, decimals));
-      explained.push({kind: "line", text: text(...shown), total});
+      explained.push(explainFormula(operation, x, i, decimals));
+      ({decimals} = explained.at(-1));
     }
   }
   return explained.reverse();
@@ -435,18 +385,15 @@ function canCompare({layers}) {
   return OPERATIONS[first.op] === weightedSums && after.area === 1 && !others.some(changes);
 }
 
-// Which values of the layer before contribute most to the difference of two logits. Each term is a
-// value times the difference of two weights.
+// What contributes most to the difference of two logits: the sum in which their layer would compute
+// it, with the differences of their weights and biases.
 function explainDifference(net, steps, first, second) {
-  const layer = net.layers.at(-1), source = net.layers.at(-2), x = outputsOf(steps)[source.index];
-  const {weight, bias} = layer.operations[0].values, logits = steps.at(-1)[0];
-  const digits = {inputs: source.decimals, weights: decimalsOf(weight), result: layer.decimals};
-  const length = weight.length / layer.after.maps;
-  const terms = sourcesOf(layer, first).flatMap(({indices}) => indices).map((index, k) => {
-    const pair = [first, second].map(i => round(weight[i * length + k], digits.weights));
-    return {...makeTerm(index, [x[index]], [pair[0] - pair[1]], digits), pair};
-  });
-  const difference = values => values
-    && round(values[first], digits.result) - round(values[second], digits.result);
-  return finishSum(terms, difference(bias), difference(logits), digits);
+  const layer = net.layers.at(-1), source = net.layers.at(-2), {operations: [{values}]} = layer;
+  const subtract = (numbers, length) => Float64Array.from({length}, (_, k) =>
+    numbers[first * length + k] - numbers[second * length + k]);
+  const weight = subtract(values.weight, values.weight.length / layer.after.maps);
+  const bias = values.bias && subtract(values.bias, 1), {decimals} = layer;
+  const [a, b] = [first, second].map(i => round(steps.at(-1)[0][i], decimals)); // as shown
+  const given = {x: steps[source.index].at(-1), inputs: source.decimals, decimals};
+  return explainSum(layer, {values: {weight, bias}}, {...given, i: 0, result: a - b});
 }

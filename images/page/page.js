@@ -4,21 +4,20 @@
 
 const state = {
   net: null,
+  views: [], // the pictures of all layers but the last
   epoch: 0, // index in net.epochs
-  kind: "image", // of the input: "image" (a test image), "error" (of the final network), "drawing"
-  n: 0, // index in net.images or net.errors
+  n: 0, // index of the input in net.images; -1: a drawing
   image: null, // the input, 28x28, 0 to 255; null: nothing is drawn
   steps: null, // what `forward` returns for it
   value: null, // the value that is explained
+  boxes: [], // its receptive field in each layer
   pinned: false, // whether it stays when the pointer moves on
   rival: null, // the class to compare with, if the value is a class
   opened: new Set(), // keys of the details that are open
   slide: false, // whether the window of the value slides
-  outputs: null, // of all layers, for each test image, once they are computed
   cell: null, // the class whose confusions are shown
   tour: -1, // index of the current step; 0 offers the tour
   stroke: null, // last point of the current stroke
-  pen: {x: 140, y: 140},
 };
 const networks = {}; // by name, once they are read
 const timers = {}; // by purpose
@@ -26,9 +25,7 @@ const element = id => document.getElementById(id);
 const pad = element("drawing").getContext("2d", {willReadFrequently: true});
 const lastLayer = () => state.net.layers.at(-1);
 const valuesOf = layer => state.steps[layer.index].at(-1);
-const imagesOf = kind => (kind === "error" ? state.net.errors : state.net.images);
-const labelOfInput = () => // of a drawing: undefined
-  state.kind === "drawing" ? undefined : imagesOf(state.kind)[state.n].label;
+const labelOfInput = () => state.net.images[state.n]?.label; // of a drawing: undefined
 
 // --- Elements and pictures -----------------------------------------------------------------------
 
@@ -55,25 +52,23 @@ function fill(container, ...children) {
 
 const gray = ([low, high]) => value => {
   const shade = (255 * (value - low)) / (high - low);
-  return [shade, shade, shade];
+  return [shade, shade, shade, 255];
 };
 
 // Blue below 0, white at 0, red above; never so dark that black text on it is hard to read.
 function diverging(most) {
   return value => {
-    const strength = Math.min(1, Math.abs(value) / (most || 1)), rest = 255 - 155 * strength;
-    return value < 0 ? [rest, 255 - 115 * strength, 255] : [255 - 5 * strength, rest, rest];
+    const amount = Math.min(1, Math.abs(value) / (most || 1)), rest = 255 - 155 * amount;
+    return value < 0 ? [rest, 255 - 115 * amount, 255, 255] : [255 - 5 * amount, rest, rest, 255];
   };
 }
 
-function paint(canvas, values, color) {
+// Draw one value for each pixel, or those whose indices `pixels` has. Others stay transparent.
+function paint(canvas, values, color, pixels) {
   const image = new ImageData(canvas.width, canvas.height), {data} = image;
-  for (let i = 0; i < values.length; i++) {
-    const [red, green, blue] = color(values[i]);
-    data[4 * i] = red;
-    data[4 * i + 1] = green;
-    data[4 * i + 2] = blue;
-    data[4 * i + 3] = 255;
+  for (let pixel = 0; pixel < data.length / 4; pixel++) {
+    const value = values[pixels ? pixels[pixel] : pixel];
+    if (value !== undefined) data.set(color(value), 4 * pixel);
   }
   canvas.getContext("2d").putImageData(image, 0, 0);
   return canvas;
@@ -84,135 +79,140 @@ function picture({height, width}, values, color) {
   return paint(make("canvas", {height, width}), values, color);
 }
 
-// A picture with a frame around a box of it.
-function framed(shape, values, color, box) {
-  const frame = make("i", {});
-  placeFrame(frame, box, shape);
-  return make("span", {className: "framed"}, picture(shape, values, color), frame);
-}
-
 function placeFrame(frame, box, {height, width}) {
-  if (frame.hidden === Boolean(box)) frame.hidden = !box; // writing it is slow
-  if (!box) return;
-  const part = {left: width, top: height, width, height};
-  for (const side in part) frame.style[side] = `${(100 * box[side]) / part[side]}%`;
+  const whole = {left: width, top: height, width, height};
+  for (const side in whole) frame.style[side] = `${(100 * box[side]) / whole[side]}%`;
+  return frame;
 }
 
-// Which value of a picture is at the position of an event.
-function positionOf({offsetX, offsetY, target: {clientWidth, clientHeight}}, {height, width}) {
-  return [[offsetY / clientHeight, height], [offsetX / clientWidth, width]].map(([part, side]) =>
-    clamp(Math.floor(part * side), 0, side - 1));
+// --- Views ---------------------------------------------------------------------------------------
+
+// A picture of some maps of a layer, in columns of `rows` maps, with a gap of one pixel. A value is
+// `zoom` pixels wide and high. For each pixel, `pixels` has the index of a value, or -1 in gaps.
+function makeView(layer, maps, rows = 1, zoom = 1) {
+  const {after} = layer, down = after.height * zoom + 1, across = after.width * zoom + 1;
+  const height = rows * down - 1, width = Math.ceil(maps.length / rows) * across - 1;
+  const pixels = Int32Array.from({length: height * width}, (_, p) => {
+    const y = Math.floor(p / width), x = p % width;
+    const map = maps[Math.floor(x / across) * rows + Math.floor(y / down)];
+    const [row, column] = [y % down, x % across].map(place => Math.floor(place / zoom));
+    const gap = map === undefined || row === after.height || column === after.width;
+    return gap ? -1 : indexOf(after, map, row, column);
+  });
+  const canvas = make("canvas", {height, width}), frames = make("div", {});
+  const element = make("div", {className: "view"}, canvas, frames);
+  return {layer, zoom, height, width, pixels, canvas, frames, element};
+}
+
+function paintView({canvas, layer, pixels}, values = valuesOf(layer)) {
+  paint(canvas, values, gray(layer.range), pixels);
+}
+
+// Frame a box of rows and columns in some maps. A box of all values is outlined instead.
+function frameView({layer: {after}, zoom, pixels, frames, element, ...size}, box) {
+  const {first, last, top, left, height, width} = box ?? {first: 0, last: -1};
+  const all = (last - first + 1) * height * width === after.size;
+  const starts = count(all ? 0 : last - first + 1, n =>
+    pixels.indexOf(indexOf(after, first + n, top, left)));
+  element.classList.toggle("marked", all);
+  fill(frames, ...starts.filter(start => start >= 0).map(start => placeFrame(make("i", {}), {
+    left: start % size.width, top: Math.floor(start / size.width),
+    width: width * zoom, height: height * zoom,
+  }, size)));
+}
+
+// Let the pointer and the arrow keys select the values of a view.
+function makeSelectable(view, ariaLabel) {
+  const at = ({offsetX, offsetY}) => {
+    const {clientWidth, clientHeight} = view.canvas;
+    const x = clamp(Math.floor((offsetX / clientWidth) * view.width), 0, view.width - 1);
+    const y = clamp(Math.floor((offsetY / clientHeight) * view.height), 0, view.height - 1);
+    const i = view.pixels[y * view.width + x];
+    return i < 0 ? null : {layer: view.layer, i};
+  };
+  const onkeydown = event => moveValue(view, event);
+  const properties = {tabIndex: 0, role: "application", ariaLabel, onkeydown, ...onPointer(at)};
+  return Object.assign(view.element, properties);
+}
+
+const onPointer = at => ({
+  onpointermove: event => {
+    const value = event.pointerType === "mouse" && at(event);
+    if (value && !state.pinned && !isSelected(value)) select(value, false);
+  },
+  onclick: event => pin(at(event)),
+});
+
+const ARROWS = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1]};
+
+// An arrow key selects the next value in its direction, or the first one of the view.
+function moveValue({layer, pixels, height, width}, event) {
+  const arrow = ARROWS[event.key], inside = state.value?.layer === layer;
+  if (event.key === "Enter" && inside) pin(state.value);
+  if (!arrow) return;
+  event.preventDefault();
+  const last = inside ? state.value.i : -1, start = pixels.indexOf(last);
+  let y = Math.floor(start / width), x = start % width, i = inside ? last : pixels[0];
+  while (i === last || i < 0) {
+    [y, x] = [y + arrow[0], x + arrow[1]];
+    if (y < 0 || x < 0 || y === height || x === width) return;
+    i = pixels[y * width + x];
+  }
+  slide(false);
+  select({layer, i}, state.pinned);
+  element("spoken").textContent = element("title").textContent;
 }
 
 // --- Layers --------------------------------------------------------------------------------------
 
 const NAMES = {conv2d: "Convolution", avg_pool2d: "Average pooling", max_pool2d: "Max pooling",
   linear: "Fully connected", input: "Image"};
-const times = ([height, width]) => `${height}×${width}`;
 
 function sizeOf({maps, height, width, area}) {
   if (area === 1) return `${maps} units`;
-  return maps === 1 ? times([height, width]) : `${maps} maps of ${times([height, width])}`;
+  return maps === 1 ? `${height}×${width}` : `${maps} maps of ${height}×${width}`;
 }
 
 // The name of a layer, its size and its operations.
 function titleOf({name, after, explained: [{op, attributes}, ...others]}) {
-  const {kernel_size: kernel, stride, groups} = attributes, later = others.map(other => other.op);
-  let does = kernel ? `${NAMES[op]} ${times(kernel)}` : NAMES[op];
-  if (kernel && times(stride) !== times(op === "conv2d" ? [1, 1] : kernel))
-    does += `, stride ${times(stride)}`;
-  if (groups > 1) does += `, ${groups} groups`;
-  if (later.length) does += `, then ${[...new Set(later)].join(", ").replaceAll("_", " ")}`;
+  let does = NAMES[op] + (attributes.kernel_size ? ` ${attributes.kernel_size.join("×")}` : "");
+  const later = new Set(others.map(other => other.op.replaceAll("_", " ")));
+  if (later.size) does += `, then ${[...later].join(", ")}`;
   return make("figcaption", {}, make("b", {}, name), span("", sizeOf(after)), span("", does));
-}
-
-function scaleOf(range) {
-  const [low, high] = range.map(value => show(value, Math.min(2, decimalsOf(range))));
-  return make("div", {className: "scale"}, low, make("i", {}), high);
 }
 
 // Make a figure for each layer but the last, whose values are the list of classes.
 function buildLayers() {
-  const last = lastLayer(), layers = state.net.layers.slice(0, -1);
-  const handlers = at => ({
-    onpointermove: event => { if (event.pointerType === "mouse") hover(at(event)); },
-    onclick: event => pin(at(event)),
+  const last = lastLayer(), widths = [];
+  state.views = [];
+  const figures = state.net.layers.slice(0, -1).map(layer => {
+    const {maps, height, width, area} = layer.after, zoom = area > 1 ? 1 : 6;
+    const scale = area > 1 ? 2.4 + 20 / Math.max(height, width) : 2.6; // on the screen
+    const most = Math.max(1, Math.floor(560 / ((height * zoom + 1) * scale))); // in a column
+    const rows = Math.ceil(maps / Math.ceil(maps / most));
+    const view = makeView(layer, count(maps, map => map), rows, zoom);
+    const label = `${layer.name}, ${sizeOf(layer.after)}. Arrow keys select a value; Enter pins it`;
+    const [low, high] = layer.range.map(value => show(value, Math.min(2, layer.decimals)));
+    state.views.push(view);
+    widths.push(Math.ceil(view.width * scale));
+    return make("figure", {style: `--width: ${widths.at(-1)}`}, titleOf(layer),
+      make("div", {className: "scale"}, low, make("i", {}), high), makeSelectable(view, label));
   });
-  for (const layer of layers) {
-    const {after, after: {maps, height, width, area}, name} = layer;
-    const scale = area > 1 ? 2.4 + 20 / Math.max(height, width) : 11, gap = area > 1 ? 4 : 1;
-    const most = Math.max(1, Math.floor(560 / (height * scale + gap))); // in a column
-    layer.rows = Math.min(maps, most, Math.max(8, Math.ceil(maps / 4)));
-    layer.width = Math.ceil(maps / layer.rows) * (width * scale + gap);
-    layer.cells = count(maps, () => framed(after, new Float64Array(area), gray([0, 1])));
-    layer.maps = make("div", {className: "maps", tabIndex: 0, role: "application",
-      style: `--rows: ${layer.rows}; --width: ${width * scale}; --gap: ${gap}px`,
-      ariaLabel: `${name}, ${sizeOf(after)}. Arrow keys select a value; Enter pins it`,
-      onkeydown: event => moveValue(layer, event), ...handlers(event => valueAt(layer, event)),
-    }, ...layer.cells);
-  }
-  fill(element("layers"), ...layers.map(layer =>
-    make("figure", {}, titleOf(layer), scaleOf(layer.range), layer.maps)));
+  const columns = widths.map(width => `minmax(64px, ${width}fr)`).join(" ");
+  const room = widths.map(width => `max(72px, ${width} * var(--unit) + 8px)`).join(" + ");
+  element("layers").style.cssText = `--columns: ${columns}; --room: calc(${room})`;
+  fill(element("layers"), ...figures);
   element("output").querySelector("figcaption").replaceWith(titleOf(last));
   fill(element("classes"), ...state.net.classes.map((name, i) => make("li", {}, make("button",
-    handlers(() => ({layer: last, i})), span("name", name), span("share"), span("number")))));
-}
-
-// Make the layers as large as the page has room for.
-function arrange() {
-  const layers = state.net.layers.slice(0, -1), room = element("layers").clientWidth;
-  const widthAt = unit => sum(layers.map(({width}) => Math.max(64, width * unit + 4) + 8));
-  let unit = innerWidth < 1280 ? 1 : clamp((innerHeight - 390) / 560, 0.7, 1.8);
-  if (innerWidth >= 760) // otherwise they wrap
-    while (unit > 0.3 && widthAt(unit) > room + 8) unit -= 0.02;
-  element("layers").style.setProperty("--unit", `${unit}px`);
+    onPointer(() => ({layer: last, i})), span("name", name), span("share"), span("number")))));
 }
 
 // Outline the values from which the selected value is computed.
 function outlineLayers() {
-  const {net, value} = state, boxes = value ? receptiveField(net.layers, value) : [];
-  for (const {index, after, cells, maps} of net.layers.slice(0, -1)) {
-    const {first, last, height, width} = boxes[index] ?? {first: Infinity};
-    const all = (last - first + 1) * height * width === after.size;
-    maps.classList.toggle("marked", all);
-    cells.forEach(({lastChild: frame}, map) =>
-      placeFrame(frame, !all && first <= map && map <= last && boxes[index], after));
-  }
+  const {value, boxes, views} = state;
+  for (const view of views) frameView(view, boxes[view.layer.index]);
   [...element("classes").children].forEach((item, i) =>
     item.classList.toggle("marked", value?.layer === lastLayer() && value.i === i));
-}
-
-// The value at the position of an event, or null between the maps.
-function valueAt(layer, event) {
-  const map = layer.cells.indexOf(event.target.parentElement);
-  return map < 0 ? null : {layer, i: indexOf(layer.after, map, ...positionOf(event, layer.after))};
-}
-
-const ARROWS = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1]};
-
-// The direction of an arrow key, [down, across], or undefined.
-function arrowOf(event) {
-  const arrow = ARROWS[event.key];
-  if (arrow) event.preventDefault();
-  return arrow;
-}
-
-// Arrow keys select the next value, across all maps of a layer as they are arranged, or of one map.
-function moveValue(layer, event, stay = false) {
-  const {value} = state, {after, rows} = layer, {height, width} = after;
-  const arrow = arrowOf(event), inside = value?.layer === layer;
-  if (event.key === "Enter" && inside) pin(value);
-  if (!arrow) return;
-  const {map, row, column} = inside ? coordinates(after, value.i)
-    : {map: 0, row: -arrow[0], column: -arrow[1]};
-  const down = (map % rows) * height + row + arrow[0];
-  const across = Math.floor(map / rows) * width + column + arrow[1];
-  const next = Math.floor(across / width) * rows + Math.floor(down / height);
-  const outside = down < 0 || across < 0 || down >= rows * height || next >= after.maps;
-  if (outside || (stay && next !== map)) return;
-  pauseSlide();
-  select({layer, i: indexOf(after, next, down % height, across % width)}, state.pinned);
-  speak(element("title").textContent);
 }
 
 // --- The explanation of a value ------------------------------------------------------------------
@@ -229,19 +229,20 @@ function valueName({layer, i}) {
 // Details that stay open when the panel is filled again. Their content is made when they open.
 function details(key, summary, content) {
   const open = state.opened.has(key);
-  const made = make("details", {open}, make("summary", {key}, ...summary));
-  if (open) made.append(...content());
-  made.ontoggle = () => {
-    state.opened[made.open ? "add" : "delete"](key);
-    if (made.open && !made.children[1]) made.append(...content());
+  const ontoggle = ({target}) => {
+    if (target.open === open) return;
+    state.opened[target.open ? "add" : "delete"](key);
+    renderPanel();
   };
-  return made;
+  return make("details", {open, ontoggle}, make("summary", {key}, ...summary),
+    ...(open ? content() : []));
 }
 
 function grid(values, columns, color, decimals, title) {
   const cells = values.map(value => {
-    const shade = Uint8ClampedArray.from(color(value)), light = Math.max(...shade) >= 118;
-    const style = `background: rgb(${shade}); color: ${light ? "black" : "white"}`;
+    const shade = Uint8ClampedArray.from(color(value)).subarray(0, 3);
+    const text = Math.max(...shade) < 118 ? "white" : "black";
+    const style = `background: rgb(${shade}); color: ${text}`;
     return make("span", {style}, show(value, decimals).replace(/^(−?)0\./, "$1."));
   });
   const style = `grid-template-columns: repeat(${columns}, auto)`;
@@ -249,22 +250,20 @@ function grid(values, columns, color, decimals, title) {
 }
 
 function renderPanel() {
-  const {net, value, pinned, steps, rival, slide} = state, rows = [];
+  const {net, value, pinned, steps} = state;
   element("hint").hidden = Boolean(value);
   element("selected").hidden = !value;
   if (!value) return;
-  const {layer, i} = value, shown = show(valuesOf(layer)[i], layer.decimals);
-  const explained = explain(net, steps, value);
-  for (const step of explained) rows.push(...RENDER[step.kind](step, layer));
+  const {layer, i} = value, explained = explain(net, steps, value);
+  const rows = explained.flatMap(step => RENDER[step.kind](step, layer));
   const difference = pinned && layer === lastLayer() && canCompare(net) ? renderDifference(i) : [];
-  const maps = pinned && layer.index && layer.after.area > 1 ? renderMaps(value, explained[0]) : [];
-  element("title").textContent = `${valueName(value)}: ${shown}`;
+  const maps = pinned && layer.index && layer.after.area > 1 ? renderMaps(value) : [];
+  element("title").textContent = `${valueName(value)}: ${show(valuesOf(layer)[i], layer.decimals)}`;
   element("unpin").textContent = pinned ? "Unpin (Esc)" : "Pin";
   element("slide").hidden = !maps.length;
-  element("play-slide").textContent = slide ? "❚❚ Pause" : "▶ Slide the window";
+  element("play-slide").textContent = state.slide ? "❚❚ Pause" : "▶ Slide the window";
   fill(element("maps"), ...maps);
-  fill(element("explanation"),
-    ...(rival === null ? [...rows, ...difference] : [...difference, ...rows]));
+  fill(element("explanation"), ...difference, ...rows);
 }
 
 const RENDER = {
@@ -273,34 +272,33 @@ const RENDER = {
     const source = state.net.layers[layer.index - 1], end = show(result, digits.result);
     const columns = Math.min(layer.windows.kernel[1], values.length);
     const cells = grid(values, columns, gray(source.range), digits.inputs, mapName(source, map));
-    if (max) return [cells, row(`Largest of ${values.length}`, end)];
-    const sumShown = show(total, digits.inputs);
-    return [cells, row("Sum", sumShown), row(`Average: ${sumShown} ÷ ${by}`, end)];
+    const average = `Average: sum ${show(total, digits.inputs)} ÷ ${by}`;
+    return [cells, row(max ? `Largest of ${values.length}` : average, end)];
   },
   sum(step, layer) {
-    const source = state.net.layers[layer.index - 1], units = layer.windows.kernel[0] === 1;
-    const draw = units ? term => unitTerm(term, source) : term => mapTerm(term, layer, source);
-    const title = `Contributions from ${source.name}, strongest first (red adds, blue subtracts)`;
-    const total = row("Sum", show(step.total, step.digits.result));
-    return [caption(title), ...sumRows(step, draw), total];
+    const {name} = state.net.layers[layer.index - 1];
+    const title = `Contributions from ${name}, strongest first (red adds, blue subtracts)`;
+    const total = show(step.total, step.digits.result);
+    return [caption(title), ...sumRows(step, layer), row("Sum", total)];
   },
 };
 
-// The terms of a sum, drawn by `draw`, with bars. All but the largest eight are folded away.
-function sumRows({terms, bias, rounding, digits}, draw) {
+// The terms of a sum, with bars. All but the largest eight are folded away.
+function sumRows({terms, bias, rounding, digits}, layer) {
   const others = terms.slice(8), rest = sum(others.map(({total}) => total));
   const longest = maxAbs([terms[0].total, rest, bias ?? 0]) || 1;
   const bar = number => {
-    const width = Math.min(100, (100 * Math.abs(number)) / longest);
-    const className = number < 0 ? "minus" : "plus";
-    return [span("bar", make("i", {className, style: `width: ${width}%`})),
-      span("number", show(number, digits.result))];
+    const style = `width: ${(100 * Math.abs(number)) / longest}%`;
+    const filled = make("i", {className: number < 0 ? "minus" : "plus", style});
+    return [span("bar", filled), span("number", show(number, digits.result))];
   };
-  const line = (name, number) => make("p", {className: "term"}, span("name", name), ...bar(number));
-  const drawn = list => list.map(term => draw({...term, digits, bar: bar(term.total)}));
+  const line = (name, number) =>
+    make("p", {className: "term"}, span("wide name", name), ...bar(number));
+  const draw = terms[0].window.length > 1 ? mapTerm : unitTerm;
+  const drawn = list => list.map(term => draw({...term, digits, bar: bar(term.total)}, layer));
   const rows = drawn(terms.slice(0, 8));
   if (others.length) {
-    const summary = [span("name", `${others.length} smaller terms together`), ...bar(rest)];
+    const summary = [span("wide name", `${others.length} smaller terms together`), ...bar(rest)];
     rows.push(details("others", summary, () => drawn(others)));
   }
   if (bias !== null) rows.push(line("Bias", bias));
@@ -308,20 +306,20 @@ function sumRows({terms, bias, rounding, digits}, draw) {
   return rows;
 }
 
-// One value times one weight, or times the difference of a pair of weights.
-function unitTerm({map: i, window, kernel, pair, digits, bar}, layer) {
-  const [a, b] = (pair ?? kernel).map(weight => show(weight, digits.weights));
-  const factor = pair ? `(${a} − ${inParentheses(b)})` : inParentheses(a);
-  const text = valueName({layer, i}).replace(`${layer.name}, `, "");
+// One value times one weight. A click on its name selects the value.
+function unitTerm({indices: [i], window, kernel, digits, bar}, {index}) {
+  const layer = state.net.layers[index - 1], name = valueName({layer, i}).replace(/.*?, /, "");
   const onclick = () => select({layer, i}, true);
-  const link = make("button", {className: "link", key: text, onclick}, text);
+  const link = make("button", {className: "link", key: name, onclick}, name);
+  const weight = inParentheses(show(kernel[0], digits.weights));
   return make("p", {className: "term"}, span("name", link),
-    span("product", `${show(window[0], digits.inputs)} × ${factor}`), ...bar);
+    span("product", `${show(window[0], digits.inputs)} × ${weight}`), ...bar);
 }
 
 // A window of one map times a kernel. It opens to show all numbers.
-function mapTerm({map, window, kernel, products, total, digits, bar}, layer, source) {
-  const shape = {height: layer.windows.kernel[0], width: layer.windows.kernel[1]};
+function mapTerm({map, window, kernel, products, total, digits, bar}, {index, windows}) {
+  const shape = {height: windows.kernel[0], width: windows.kernel[1]};
+  const source = state.net.layers[index - 1];
   const shade = gray(source.range), color = diverging(maxAbs(kernel)), name = mapName(source, map);
   const cells = (values, ...how) => grid(values, shape.width, ...how);
   const equation = () => [make("div", {className: "equation"},
@@ -338,14 +336,14 @@ function mapTerm({map, window, kernel, products, total, digits, bar}, layer, sou
 // Which units make the network prefer one class to another.
 function renderDifference(first) {
   const {net, steps} = state, {classes} = net, second = state.rival ?? rivalOf(first);
-  const step = explainDifference(net, steps, first, second), source = net.layers.at(-2);
+  const step = explainDifference(net, steps, first, second);
   const options = classes.map((name, i) => new Option(name, i, false, i === second));
   const choice = make("select", {key: "rival", ariaLabel: "Class to compare with"}, ...options);
   choice.onchange = () => compare(first, Number(choice.value));
   const [name, other] = [classes[first], classes[second]];
-  return [make("h3", {}, `Why ${name} and not `, choice, "?"),
-    caption(`${source.name} × difference of weights: red speaks for ${name}, blue for ${other}`),
-    ...sumRows(step, term => unitTerm(term, source)),
+  const text = `Values × differences of weights: red speaks for ${name}, blue for ${other}`;
+  return [make("h3", {}, `Why ${name} and not `, choice, "?"), caption(text),
+    ...sumRows(step, lastLayer()),
     row(`Score of ${name} − score of ${other}`, show(step.total, step.digits.result))];
 }
 
@@ -359,184 +357,103 @@ function rivalOf(first) {
 
 // --- The sliding window --------------------------------------------------------------------------
 
-// The map of a value and a map that it sees, enlarged. While the window slides, the map fills in.
-function renderMaps({layer, i}, explained) {
-  const {net, slide} = state, {after, windows} = layer, source = net.layers[layer.index - 1];
-  const {map, row: top, column: left} = coordinates(after, i), name = mapName(layer, map);
-  const from = shownInput(explained), box = receptiveField(net.layers, {layer, i})[source.index];
-  const part = (of, n) => [...valuesOf(of).subarray(n * of.after.area, (n + 1) * of.after.area)];
-  const own = part(layer, map);
-  if (slide) own.length = (i % after.area) + 1;
-  const onclick = event => {
-    pauseSlide();
-    select({layer, i: indexOf(after, map, ...positionOf(event, after))}, true);
+// The map of a value and the first map that it sees, enlarged. While the window slides, the map
+// fills in.
+function renderMaps({layer, i}) {
+  const {net, boxes} = state, source = net.layers[layer.index - 1];
+  const enlarge = (layer, map, arrow, values) => {
+    const view = makeView(layer, [map]);
+    paintView(view, values);
+    frameView(view, boxes[layer.index]);
+    return [view, make("figure", {}, caption(arrow + mapName(layer, map)), view.element)];
   };
-  const outlined = framed(after, own, gray(layer.range), {left, top, width: 1, height: 1});
-  const result = make("figure", {}, caption(`→ ${name}`), Object.assign(outlined, {
-    tabIndex: 0, role: "application", ariaLabel: `${name}, enlarged. Arrow keys move the window`,
-    onclick, onkeydown: event => moveValue(layer, event, true),
-  }));
-  outlined.dataset.key = "result";
-  if (!windows.along || source.after.area === 1) return [result];
-  return [make("figure", {}, caption(mapName(source, from)),
-    framed(source.after, part(source, from), gray(source.range), box)), result];
+  const own = coordinates(layer.after, i).map, done = state.slide ? i + 1 : layer.after.size;
+  const [result, figure] = enlarge(layer, own, "→ ", valuesOf(layer).subarray(0, done));
+  makeSelectable(result, `${mapName(layer, own)}, enlarged. Arrow keys move the window`);
+  result.element.dataset.key = "result";
+  return [enlarge(source, boxes[source.index].first, "")[1], figure];
 }
 
-// The input map to show: an opened one, or the one with the largest weights.
-function shownInput({terms, map}) {
-  if (!terms) return map; // of pooling
-  const weights = terms.map(({kernel}) => sum(kernel.map(Math.abs)));
-  const opened = terms.find(term => state.opened.has(`map ${term.map}`));
-  return (opened ?? terms[argmax(weights)]).map;
-}
-
-// Slide from the first position of the map to the last.
-function startSlide() {
+// Slide from the first position of the map to the last, or stop.
+function slide(on) {
+  if (state.slide === on) return;
+  state.slide = on;
+  clearInterval(timers.slide);
+  if (!on) return renderPanel();
   const {layer, i} = state.value, {area} = layer.after;
   const next = () => {
-    if (state.value.i % area === area - 1) pauseSlide();
+    if (state.value.i % area === area - 1) slide(false);
     else select({layer, i: state.value.i + 1}, true);
   };
-  state.slide = true;
   timers.slide = setInterval(next, clamp(12000 / area, 30, 250));
   select({layer, i: i - (i % area)}, true);
 }
 
-function pauseSlide() {
-  if (!state.slide) return;
-  clearInterval(timers.slide);
-  state.slide = false;
-  renderPanel();
-}
-
 // --- Test images ---------------------------------------------------------------------------------
 
-// Compute all layers for the test images, in slices, so that the page stays responsive.
-function runImages() {
-  const {net, epoch} = state, outputs = [];
-  const slice = () => {
-    const end = performance.now() + 8;
-    while (outputs.length < net.images.length && performance.now() < end)
-      outputs.push(outputsOf(forward(net, net.images[outputs.length].image)));
-    if (outputs.length < net.images.length) {
-      timers.images = setTimeout(slice);
-      return;
-    }
-    state.outputs = outputs;
-    renderPatches();
-    if (epoch === net.final) checkResults(0, outputs.flatMap(all => [...all.at(-1)]));
-    net.checked ||= epoch === net.final;
-  };
-  clearTimeout(timers.images);
-  timers.images = setTimeout(slice);
+const isError = n => n >= state.net.samples; // after the random images come errors
+
+// Make a radio button for each test image.
+function buildImages() {
+  fill(element("images"), ...state.net.images.map(({image}, n) =>
+    make("label", {}, make("input", {type: "radio", name: "image", onchange: () => setImage(n)}),
+      picture(IMAGE, image, gray([0, 255])))));
 }
 
-// Hide a network if the logits of test images, from image n on, differ from PyTorch's.
-function checkResults(n, logits) {
-  const correct = agrees(state.net, n, logits);
-  element("problem").textContent = correct ? ""
-    : `The network of ${state.net.name} is not shown: this page's results differ from PyTorch's.`;
-  document.querySelector("main").hidden = !correct;
-}
-
-// Show the test images for which a map or unit has its highest values, or a unit its lowest.
-function renderPatches() {
-  const {net: {layers}, outputs, value, pinned} = state;
-  if (!pinned || !outputs || !value.layer.index) return fill(element("patches"));
-  const {layer} = value, {area} = layer.after, first = value.i - (value.i % area);
-  const found = outputs.map((all, n) => {
-    const values = all[layer.index].subarray(first, first + area), at = argmax(values);
-    return {n, i: first + at, value: values[at]};
-  }).sort((a, b) => b.value - a.value);
-  const patch = ({n, i, value}) => {
-    const [box] = receptiveField(layers, {layer, i}), {top, left, width, height} = box;
-    const pixels = count(height * width, k =>
-      outputs[n][0][indexOf(INPUT, 0, top + Math.floor(k / width), left + (k % width))]);
-    const onclick = () => {
-      setImage("image", n);
-      select({layer, i}, true);
-    };
-    const button = make("button", {onclick}, picture(box, pixels, gray(layers[0].range)));
-    return labelImage(button, "image", n, `: ${show(value, layer.decimals)}`);
-  };
-  const list = (title, chosen) =>
-    [caption(title), make("div", {className: "images"}, ...chosen.map(patch))];
-  const [strongest, weakest] = [found.slice(0, 10), found.slice(-10)];
-  return fill(element("patches"), ...(area > 1
-    ? list("Patches that activate this map most (click to open)", strongest)
-    : [...list("Strongest response", strongest), ...list("Weakest response", weakest)]));
-}
-
-// Say on a button what image n of a kind is, and what the network of this epoch takes it for.
-function labelImage(button, kind, n, more = "") {
-  const {net: {classes}, epoch} = state, all = imagesOf(kind), {label, answers} = all[n];
-  const nth = all.slice(0, n + 1).filter(image => image.label === label).length;
-  const wrong = answers[epoch] === label ? "" : `, classified as ${classes[answers[epoch]]}`;
-  const title = `${classes[label]} ${nth}${wrong}${more}`;
-  return Object.assign(button, {title, ariaLabel: title, className: wrong && "wrong"});
-}
-
-const galleryOf = kind => (kind === "error" ? "error" : "image");
-
-// Make a button for each test image, or for each error.
-function buildImages(kind) {
-  fill(element("images"), ...imagesOf(kind).map(({image}, n) =>
-    make("button", {onclick: () => setImage(kind, n)}, picture(IMAGE, image, gray([0, 255])))));
-  for (const name of ["image", "error"]) {
-    element(`show-${name}s`).ariaPressed = name === kind;
-    element(`${name}s-note`).hidden = name !== kind;
-  }
-}
-
+// Say of each what the image is, and what the network of this epoch takes it for.
 function labelImages() {
-  const {kind, n, net, epoch} = state, shown = galleryOf(kind);
-  [...element("images").children].forEach((button, k) => {
-    labelImage(button, shown, k).ariaPressed = kind === shown && k === n;
-    button.tabIndex = k === (kind === shown ? n : 0) ? 0 : -1;
+  const {n, net: {classes, images, final, samples}, epoch} = state, counts = classes.map(() => 0);
+  const errors = isError(n);
+  [...element("images").children].forEach((choice, k) => {
+    const {label, answers} = images[k], wrong = answers[epoch] !== label;
+    const title = `${classes[label]} ${++counts[label]}`
+      + (wrong ? `, classified as ${classes[answers[epoch]]}` : "");
+    Object.assign(choice, {title, className: wrong && "wrong", hidden: isError(k) !== errors});
+    Object.assign(choice.firstChild, {ariaLabel: title, checked: k === n});
   });
-  element("show-errors").disabled = epoch !== net.final || !net.errors.length;
+  element("show-images").ariaPressed = !errors;
+  element("show-errors").ariaPressed = errors;
+  element("images-note").textContent = errors
+    ? "Test images that the final network misclassifies, chosen at random:"
+    : "Draw above, or pick a test image. Each row shows ten images of one class, chosen at random:";
+  element("show-errors").disabled = epoch !== final || samples === images.length;
 }
 
 // --- The input and the answer --------------------------------------------------------------------
 
-// Take image n of a kind as the input, or start a drawing.
-function setImage(kind, n = 0) {
-  const before = galleryOf(state.kind), gallery = galleryOf(kind);
-  Object.assign(state, {kind, n});
-  if (gallery !== before) buildImages(gallery);
-  showImage();
+// Take test image n as the input, or start a drawing (-1).
+function setImage(n) {
+  const {width, height} = PAD, image = state.net.images[n]?.image ?? null;
+  Object.assign(state, {n, image});
+  pad.clearRect(0, 0, width, height);
+  pad.imageSmoothingEnabled = false;
+  if (image) pad.drawImage(picture(IMAGE, image, gray([0, 255])), 0, 0, width, height);
+  element("crop").hidden = true;
   labelImages();
   update();
 }
 
-function showImage() {
-  const {kind, n} = state, {width, height} = PAD;
-  state.image = kind === "drawing" ? null : imagesOf(kind)[n].image;
-  pad.clearRect(0, 0, width, height);
-  pad.imageSmoothingEnabled = false;
-  if (state.image) pad.drawImage(picture(IMAGE, state.image, gray([0, 255])), 0, 0, width, height);
-  element("crop").hidden = true;
-}
-
 // Compute all layers for the input, and show them.
 function update() {
-  state.steps = forward(state.net, state.image);
-  for (const {cells, range, after: {area}, index} of state.net.layers.slice(0, -1))
-    cells.forEach(({firstChild: canvas}, map) =>
-      paint(canvas, state.steps[index].at(-1).subarray(map * area, (map + 1) * area), gray(range)));
-  outlineLayers();
+  const {net, epoch, image, n} = state;
+  state.steps = forward(net, image);
+  if (n >= 0 && epoch === net.final && !agrees(net, n, valuesOf(lastLayer()))) {
+    element("problem").hidden = false;
+    document.querySelector("main").hidden = true;
+  }
+  state.views.forEach(view => paintView(view));
   renderAnswer();
   renderPanel();
   saveState();
 }
 
 function renderAnswer() {
-  const {net, image, kind, steps, stroke} = state, {classes} = net;
+  const {net, image, n, steps, stroke} = state, {classes} = net;
   const chances = probabilities(net, steps), answer = argmax(chances), rival = rivalOf(answer);
   const label = labelOfInput() ?? answer, correct = answer === label;
   const verdict = correct ? "✓ Correct" : `✗ Wrong: it is ${classes[label]}`;
   element("answer").textContent = image ? classes[answer] : "";
-  element("verdict").textContent = kind === "drawing" ? "" : verdict;
+  element("verdict").textContent = n < 0 ? "" : verdict;
   element("verdict").className = correct ? "" : "mistake";
   const why = image ? `Why ${classes[answer]} and not ${classes[rival]}?` : "Why?";
   Object.assign(element("why"), {hidden: !canCompare(net), disabled: !image, textContent: why});
@@ -546,18 +463,12 @@ function renderAnswer() {
     number.textContent = image ? percent(chances[i]) : "";
   });
   const text = `${classes[answer]}, ${percent(chances[answer])}. ${element("verdict").textContent}`;
-  if (image && !stroke && !timers.play) speak(text);
-}
-
-// Tell screen readers, once nothing has changed for a moment.
-function speak(text) {
-  clearTimeout(timers.speak);
-  timers.speak = setTimeout(() => { element("spoken").textContent = text; }, 700);
+  if (image && !stroke && !timers.play) element("spoken").textContent = text; // to screen readers
 }
 
 // Draw a line through points on the pad. It replaces a test image.
 function draw(points) {
-  if (state.kind !== "drawing") setImage("drawing");
+  if (state.n >= 0) setImage(-1);
   const lineWidth = state.net.object_size < 28 ? 22 : 34; // of the strokes of digits, or of clothes
   Object.assign(pad, {strokeStyle: "white", lineCap: "round", lineJoin: "round", lineWidth});
   pad.beginPath();
@@ -569,14 +480,14 @@ function draw(points) {
 
 function readPad() {
   const {data} = pad.getImageData(0, 0, PAD.width, PAD.height);
-  const drawing = new Float32Array(PAD.size);
-  for (let i = 0; i < PAD.size; i++) drawing[i] = (data[4 * i] * data[4 * i + 3]) / 255;
-  const box = boundingBox(drawing), centered = element("centered").checked;
-  const whole = {top: 0, left: 0, ...PAD};
-  if (!box) state.image = null;
+  const drawing = new Uint8Array(PAD.size);
+  for (let i = 0; i < PAD.size; i++) drawing[i] = data[4 * i + 3]; // how opaque it is
+  const box = boundingBox(PAD, drawing), centered = element("centered").checked;
+  if (!box.width) state.image = null;
   else if (centered) state.image = cropAndCenter(drawing, box, state.net);
-  else state.image = shrink(drawing, whole, IMAGE);
-  placeFrame(element("crop"), centered && box, PAD);
+  else state.image = shrink(drawing, {top: 0, left: 0, ...PAD}, IMAGE);
+  element("crop").hidden = !centered;
+  placeFrame(element("crop"), box, PAD);
   update();
 }
 
@@ -598,48 +509,25 @@ function followPointer(event) {
   draw(type === "pointerdown" ? points : [stroke, ...points]);
 }
 
-function movePen(event) {
-  const {pen} = state, arrow = arrowOf(event);
-  if (event.key === "Delete") setImage("drawing");
-  if (!arrow) return;
-  const [y, x] = [pen.y + 10 * arrow[0], pen.x + 10 * arrow[1]].map(place => clamp(place, 0, 280));
-  state.pen = {x, y};
-  Object.assign(element("pen").style, {left: `${x / 2.8}%`, top: `${y / 2.8}%`});
-  if (event.shiftKey) draw([pen, state.pen]);
-}
-
 // --- Selecting a value ---------------------------------------------------------------------------
 
 const isSelected = value => value.layer === state.value?.layer && value.i === state.value.i;
 
-function hover(value) {
-  if (!value || state.pinned || isSelected(value)) return;
-  cancelAnimationFrame(timers.hover);
-  timers.hover = requestAnimationFrame(() => state.pinned || select(value, false));
-}
-
 function pin(value) {
-  pauseSlide();
+  slide(false);
   if (value) select(value, !(state.pinned && isSelected(value)));
-  if (value && innerWidth < 760)
-    (state.pinned ? element("panel") : value.layer.maps)?.scrollIntoView({block: "nearest"});
+  if (state.pinned && innerWidth < 760) element("panel").scrollIntoView({block: "nearest"});
 }
 
 // Explain a value, or none. If it is pinned, it stays. A class can have a rival.
 function select(value, pinned, rival = value && isSelected(value) ? state.rival : null) {
-  const {value: last, pinned: wasPinned} = state;
-  const mapOf = value => value && [value.layer.index, coordinates(value.layer.after, value.i).map];
-  const sameMap = pinned === wasPinned && String(mapOf(last)) === String(mapOf(value));
   if (state.value?.layer !== value?.layer) {
-    pauseSlide();
+    slide(false);
     state.opened = new Set();
-  }
-  Object.assign(state, {value, pinned, rival});
-  if (pinned && !state.outputs && !timers.play) runImages();
-  if (!sameMap) {
-    renderPatches();
     element("panel").scrollTop = 0;
   }
+  const boxes = value ? receptiveField(state.net.layers, value) : [];
+  Object.assign(state, {value, boxes, pinned, rival});
   outlineLayers();
   renderPanel();
   saveState();
@@ -649,82 +537,64 @@ const compare = (first, second) => select({layer: lastLayer(), i: first}, true, 
 
 // --- Training ------------------------------------------------------------------------------------
 
-function setEpoch(epoch) {
-  const {net} = state, number = net.epochs[epoch], final = epoch === net.final;
+function setEpoch(epoch, n = state.n) {
+  const {net, cell} = state, number = net.epochs[epoch], final = epoch === net.final;
   const counts = net.classes.map((_, label) => confusions(net, epoch, label));
   const total = sum(counts.map(sum)), correct = sum(counts.map((row, label) => row[label]));
   const stage = number ? `Epoch ${number}${final ? " (final)" : ""}` : "Before training";
   const all = total.toLocaleString("en");
   const text = `${stage}: ${percent(correct / total)} of ${all} test images correct`;
-  Object.assign(state, {epoch, outputs: null});
-  clearTimeout(timers.images);
+  if (final) play(false);
+  state.epoch = epoch;
   useWeights(net, epoch);
   element("when").textContent = text;
   element("epoch").value = epoch;
   element("epoch").setAttribute("aria-valuetext", text);
-  if (!final && state.kind === "error") { // the errors are those of the final epoch
-    Object.assign(state, {kind: "image", n: 0});
-    buildImages("image");
-    showImage();
-  }
-  renderPatches();
+  labelStrip(cell === null ? null : counts[cell]);
+  const next = isError(n) && !final ? 0 : n; // the errors are those of the final epoch
+  if (next !== state.n) return setImage(next);
   labelImages();
-  labelStrip();
   update();
-  if (state.pinned && !timers.play) runImages();
 }
 
-function play() {
-  const next = () => {
-    setEpoch(state.epoch + 1);
-    if (state.epoch === state.net.final) pause();
-  };
-  element("play").textContent = "❚❚ Pause";
-  timers.play = setInterval(next, 900);
-  if (state.epoch === state.net.final) setEpoch(0);
-}
-
-function pause() {
-  element("play").textContent = "▶ Play the training";
+// Play the training, to its end, or stop.
+function play(on) {
+  element("play").textContent = on ? "❚❚ Pause" : "▶ Play the training";
   clearInterval(timers.play);
-  timers.play = null;
-  if (state.pinned && !state.outputs) runImages();
+  timers.play = on ? setInterval(() => setEpoch(state.epoch + 1), 900) : null;
+  if (on && state.epoch === state.net.final) setEpoch(0);
 }
 
 // Make a table with the accuracy of each class in each epoch, on all test images.
 function buildStrip() {
-  const {net} = state;
+  const {net, net: {classes, epochs}} = state;
   const cell = (name, label) => (number, epoch) => {
-    const counts = confusions(net, epoch, label);
-    const accuracy = counts[label] / Math.max(1, sum(counts));
+    const counts = confusions(net, epoch, label), accuracy = counts[label] / (sum(counts) || 1);
     const title = `${name}, epoch ${number}: ${percent(accuracy, 0)} correct`;
     const className = accuracy > 0.72 ? "high" : "", style = `--accuracy: ${accuracy}`;
-    const onclick = () => {
-      pause();
+    const onchange = () => {
+      play(false);
       state.cell = label;
       setEpoch(epoch);
     };
-    const properties = {title, ariaLabel: title, className, style, onclick};
-    return make("button", properties, show(100 * accuracy, 0));
+    return make("label", {title, className, style}, show(100 * accuracy, 0),
+      make("input", {type: "radio", name: "cell", ariaLabel: title, onchange}));
   };
-  const header = [span("name", "Epoch"), ...net.epochs.map(number => span("", number))];
-  fill(element("strip"), ...header, ...net.classes.flatMap((name, label) =>
-    [span("name", name), ...net.epochs.map(cell(name, label))]));
+  fill(element("strip"), span("name", "Epoch"), ...epochs.map(number => span("", number)),
+    ...classes.flatMap((name, label) => [span("name", name), ...epochs.map(cell(name, label))]));
 }
 
-// Mark the current epoch in the table, and describe the selected cell.
-function labelStrip() {
-  const {net, epoch, cell} = state, {classes, epochs} = net;
-  element("strip").querySelectorAll("button").forEach((button, i) => {
-    const now = i % epochs.length === epoch, label = Math.floor(i / epochs.length);
-    button.classList.toggle("now", now);
-    button.ariaPressed = now && label === cell;
-    button.tabIndex = now && label === (cell ?? 0) ? 0 : -1;
+// Mark the current epoch in the table, and describe the test images of the selected cell.
+function labelStrip(counts) {
+  const {net: {classes, epochs}, epoch, cell} = state;
+  element("strip").querySelectorAll("label").forEach((choice, i) => {
+    const now = i % epochs.length === epoch;
+    choice.classList.toggle("now", now);
+    choice.lastChild.checked = now && Math.floor(i / epochs.length) === cell;
   });
-  element("strip-note").hidden = cell !== null;
-  element("confused").hidden = cell === null;
-  if (cell === null) return;
-  const counts = [...confusions(net, epoch, cell)];
+  element("strip-note").hidden = Boolean(counts);
+  element("confused").hidden = !counts;
+  if (!counts) return;
   const others = [...counts.keys()].filter(label => counts[label] && label !== cell)
     .sort((a, b) => counts[b] - counts[a]).slice(0, 4);
   const list = others.map(label => `${classes[label]} (${counts[label]})`).join(", ");
@@ -732,20 +602,12 @@ function labelStrip() {
     + `${sum(counts)} test images correct. ${list && `Confused with ${list}.`}`;
 }
 
-// Arrow keys move the focus over images and cells, which are in rows.
-function moveFocus(event) {
-  const arrow = arrowOf(event), buttons = [...event.currentTarget.querySelectorAll("button")];
-  const columns = buttons.filter(({offsetTop}) => offsetTop === buttons[0].offsetTop).length;
-  const next = buttons.indexOf(event.target) + (arrow ? columns * arrow[0] + arrow[1] : 0);
-  buttons[next]?.focus();
-}
-
 // --- The tour ------------------------------------------------------------------------------------
 
 // Select the value with the highest score in the first layer with maps that has an operation.
 function selectExample(op, score) {
-  const layer = state.net.layers.find(({operations, windows, after}) =>
-    operations[0].op.endsWith(op) && windows.along && after.area > 1);
+  const layer = state.net.layers.find(({operations: [first], windows, after}) =>
+    first.op.endsWith(op) && windows.slides && after.area > 1);
   select(layer ? {layer, i: argmax(valuesOf(layer).map(score))} : null, Boolean(layer));
   return layer;
 }
@@ -754,30 +616,29 @@ function selectExample(op, score) {
 const EXAMPLES = {
   draw: () => select(null, false),
   window: () => selectExample("conv2d", value => value),
-  slide: () => selectExample("conv2d", value => value) && startSlide(),
+  slide: () => selectExample("conv2d", value => value) && slide(true),
   pool: () => selectExample("pool2d", value => -Math.abs(value - 0.5)), // a mixed window
   answer: () => element("why").onclick(),
   training() {
     select(null, false);
     setEpoch(0);
-    play();
+    play(true);
   },
 };
 
 function goToStep(step) {
-  const steps = [...element("tour").querySelectorAll("p")];
-  pauseSlide();
-  pause();
+  const steps = [...element("tour").querySelectorAll("p")], {net, image} = state;
+  slide(false);
+  play(false);
   state.tour = step;
-  element("tour").hidden = step < 0 || step === steps.length;
-  if (element("tour").hidden) return;
+  element("tour").hidden = !steps[step];
   steps.forEach((text, k) => { text.hidden = k !== step; });
   element("tour-back").hidden = step === 0;
   element("tour-next").textContent = ["Start the tour", ...Array(5).fill("Next"), "Finish"][step];
-  if (!step) return; // the offer
-  const {net, image} = state, {example, look} = steps[step].dataset;
+  if (!steps[step] || !step) return; // it is over, or only offered
+  const {example, look} = steps[step].dataset;
   if (state.epoch !== net.final) setEpoch(net.final);
-  if (!image) setImage("image");
+  if (!image) setImage(0);
   EXAMPLES[example]();
   element("tour-next").focus({preventScroll: true});
   if (innerWidth < 760) element(look).scrollIntoView();
@@ -787,29 +648,27 @@ function goToStep(step) {
 
 // The state as #MNIST/epoch-8/image-33/C3-2-6-6: map, row and column. Units have one number, and
 // classes that are compared two.
-function address() {
-  const {net, epoch, kind, n, value, pinned, rival} = state;
+function saveState() {
+  const {net, epoch, n, value, pinned, rival} = state;
   const parts = [encodeURIComponent(net.name), `epoch-${net.epochs[epoch]}`,
-    kind === "drawing" ? kind : `${kind}-${n + 1}`];
+    n < 0 ? "drawing" : `image-${n + 1}`];
   if (pinned) {
     const {layer, i} = value, {map, row, column} = coordinates(layer.after, i);
     const numbers = layer.after.area > 1 ? [map, row, column] : [map];
     if (rival !== null) numbers.push(rival);
     parts.push([layer.name, ...numbers.map(number => number + 1)].join("-"));
   }
-  return `#${parts.join("/")}`;
-}
-
-function saveState() {
-  if (location.hash !== address()) history.replaceState(null, "", address());
+  const address = `#${parts.join("/")}`;
+  if (location.hash !== address) history.replaceState(null, "", address);
 }
 
 // Show what the address says. What this page does not have is left out.
 function restoreState() {
   const [name, ...parts] = location.hash.slice(1).split("/");
-  const [epoch, [kind, number], place] = count(3, k => (parts[k] ?? "").split("-"));
+  const [epoch, image, place] = count(3, k => (parts[k] ?? "").split("-"));
   const known = names().find(known => encodeURIComponent(known) === name) ?? names()[0];
-  showNetwork(known, epoch[1], kind, number - 1);
+  const n = image[0] === "drawing" ? -1 : (Number(image[1]) || NaN) - 1;
+  showNetwork(known, Number(epoch[1]), n);
   const {net} = state, layer = net.layers.find(layer => layer.name === place[0]);
   const [map, a, b] = place.slice(1).map(number => number - 1);
   if (!(map < layer?.after.maps)) return;
@@ -830,24 +689,23 @@ function readNetwork(name) {
   const arrays = {}, all = dataOf("").filter(({dataset}) => dataset.network === name);
   const [first, ...others] = all;
   for (const {dataset: {array, type}, textContent} of others) {
-    const text = atob(textContent), bytes = new Uint8Array(text.length);
-    for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+    const text = atob(textContent);
+    const bytes = new Uint8Array(text.length).map((_, i) => text.charCodeAt(i));
     arrays[array] = new TYPES[type](bytes.buffer);
   }
   return {name, ...makeNetwork(JSON.parse(first.textContent), arrays)};
 }
 
 // Show a network, with an epoch (its number) and an input if the page has them.
-function showNetwork(name, number, kind, n) {
-  const net = networks[name] ??= readNetwork(name), index = net.epochs.indexOf(Number(number));
-  const epoch = index < 0 ? net.final : index;
-  const images = {image: net.images, error: epoch === net.final ? net.errors : []};
-  const input = images[kind]?.[n] || kind === "drawing" ? {kind, n} : {kind: "image", n: 0};
+function showNetwork(name, number, n) {
+  const net = networks[name] ??= readNetwork(name), index = net.epochs.indexOf(number);
   const isNew = net !== state.net;
-  clearInterval(timers.slide);
-  Object.assign(state, {net, value: null, pinned: false, slide: false, cell: null, ...input});
+  slide(false);
+  play(false);
+  Object.assign(state, {net, n: null, value: null, boxes: [], pinned: false, cell: null});
   for (const button of element("datasets").children)
     button.ariaPressed = button.textContent === name;
+  element("problem").hidden = true;
   document.querySelector("main").hidden = false;
   document.body.style.setProperty("--epochs", net.epochs.length);
   element("training").hidden = !net.final;
@@ -855,34 +713,27 @@ function showNetwork(name, number, kind, n) {
   if (isNew) {
     buildLayers();
     buildStrip();
-    arrange();
+    buildImages();
   }
-  buildImages(galleryOf(input.kind));
-  showImage();
-  pause();
-  setEpoch(epoch);
-  if (epoch === net.final && input.kind === "image") checkResults(input.n, valuesOf(lastLayer()));
-  if (!net.checked) runImages();
+  outlineLayers();
+  setEpoch(index < 0 ? net.final : index, net.images[n] || n === -1 ? n : 0);
 }
 
 function start() {
   const pointers = ["onpointerdown", "onpointermove", "onpointerup", "onlostpointercapture"];
   for (const type of pointers) element("drawing")[type] = followPointer;
-  element("drawing").onkeydown = movePen;
-  element("images").onkeydown = moveFocus;
-  element("strip").onkeydown = moveFocus;
-  element("centered").onchange = () => { if (state.kind === "drawing") readPad(); };
+  element("centered").onchange = () => { if (state.n < 0) readPad(); };
   element("epoch").oninput = ({target}) => {
-    pause();
+    play(false);
     setEpoch(Number(target.value));
   };
   const clicks = {
-    clear: () => setImage("drawing"),
-    "show-images": () => setImage("image"),
-    "show-errors": () => setImage("error"),
+    clear: () => setImage(-1),
+    "show-images": () => setImage(0),
+    "show-errors": () => setImage(state.net.samples),
     unpin: () => pin(state.value),
-    "play-slide": () => (state.slide ? pauseSlide() : startSlide()),
-    play: () => (timers.play ? pause() : play()),
+    "play-slide": () => slide(!state.slide),
+    play: () => play(!timers.play),
     "start-tour": () => goToStep(1),
     "tour-back": () => goToStep(state.tour - 1),
     "tour-next": () => goToStep(state.tour + 1),
@@ -890,13 +741,11 @@ function start() {
   };
   for (const [id, onclick] of Object.entries(clicks)) element(id).onclick = onclick;
   document.onkeydown = ({key}) => { if (key === "Escape" && state.pinned) pin(state.value); };
-  window.onhashchange = () => { if (location.hash !== address()) restoreState(); };
-  window.onresize = arrange;
+  window.onhashchange = restoreState;
   fill(element("datasets"), ...names().map(name =>
     make("button", {onclick: () => showNetwork(name)}, name)));
-  const visited = location.hash;
+  if (!location.hash) goToStep(0); // offer the tour
   restoreState();
-  if (!visited) goToStep(0); // offer the tour
 }
 
 addEventListener("DOMContentLoaded", start);
