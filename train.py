@@ -149,7 +149,7 @@ def make_optimizers(model, lr, weight_decay):
     matrices = [p for p in trainable if p.ndim > 1]
     vectors = [p for p in trainable if p.ndim <= 1]
     hidden, output = matrices[:-1], matrices[-1:]
-    muon = Muon([{"params": hidden}], lr, weight_decay=weight_decay)  # a bare [] is an error
+    muon = Muon([{"params": hidden}], lr, weight_decay=weight_decay)  # a group may be empty
     adamw = torch.optim.AdamW(
         [{"params": vectors + output}], lr / 2, weight_decay=2 * weight_decay, fused=True
     )
@@ -365,7 +365,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args, options = parse_args(argv)
     device = utils.choose_device(args.device)
-    torch.empty(31 * 2**20, dtype=torch.uint8)  # glibc then reuses large blocks: 25% faster
+    torch.empty(31 * 2**20, dtype=torch.uint8)  # freeing it tunes glibc malloc: 25% faster
     path = None
     run = {"name": args.name, "dataset": args.dataset, "options": options, "history": []}
     if args.resume:

@@ -4,7 +4,6 @@ import argparse
 import ast
 import builtins
 import contextlib
-import copy
 import difflib
 import errno
 import gc
@@ -246,7 +245,7 @@ class DatasetInfo:
     flip: bool = False  # augmentation: flip half of the images horizontally
     shift: int = 1  # augmentation: largest shift, in pixels
     strokes: bool = True  # augmentation: vary the width of pen strokes
-    object_size: int = 20  # your own pictures: longer side of the object, in 28x28 pixels
+    object_size: int = 20  # your own pictures: longer side of the object, out of 28 pixels
     centered_by_mass: bool = False  # your own pictures; otherwise by bounding box
     mirrors: tuple = ()  # download addresses in addition to those of torchvision
 
@@ -566,7 +565,7 @@ def load_checkpoint(path):
     """Read a checkpoint: a dict, called a run, with these keys.
 
     model: weights, as a state dict; epoch: number of epochs trained
-    snapshots: weights after earlier epochs, for lenet5.html
+    snapshots: weights after some epochs, for lenet5.html
     history: one row of METRICS per epoch
     name, dataset, options: settings of train.py
     counts: numbers of training and validation images; mean, std: of the training pixels
@@ -640,8 +639,9 @@ def fixed_image():
 def fixed_image_logits(model):
     """Compute the logits of `model` for `fixed_image` on the CPU, in evaluation mode."""
     device = next(model.parameters()).device
-    model.eval()(fixed_image().to(device))  # no_grad: what forward stored can be copied
-    return copy.deepcopy(model).cpu()(fixed_image())  # devices round differently
+    logits = model.eval().cpu()(fixed_image())  # devices round differently
+    model.to(device)
+    return logits
 
 
 def same_logits(logits, expected):
