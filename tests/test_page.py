@@ -170,8 +170,9 @@ def test_tracked_page_is_one_small_file_built_from_the_sources(tmp_path, monkeyp
 
 
 def assert_same_logits(shown, model, mean=0.2, std=0.3):
-    """Compare the logits of all test images with PyTorch's, and return those."""
-    images, logits = shown.run("""const images = state.net.images.map(({image}) => image);
+    """Compare the logits of 50 test images with PyTorch's, and return those."""
+    images, logits = shown.run("""
+        const images = state.net.images.slice(0, 50).map(({image}) => image);
         return [images.map(image => [...image]),
           images.map(image => [...forward(state.net, image).at(-1).at(-1)])];""")
     expected = utils.predict(model, torch.tensor(images).byte().view(-1, 28, 28), mean, std)
@@ -289,8 +290,8 @@ def test_every_epoch_shows_what_its_weights_do(opened, models):
         assert f"{100 * correct.float().mean():.1f}% of 120 test images" in shown.text("#when")
         assert shown.text("#when").startswith(f"Epoch {epoch}" if epoch else "Before training")
         assert shown.find("#epoch").get_attribute("aria-valuetext") == shown.text("#when")
-        predicted = assert_same_logits(shown, models[f"Epoch {epoch}"]).argmax(dim=1).tolist()[:100]
-        titles = shown.run(TITLES)[:100]
+        predicted = assert_same_logits(shown, models[f"Epoch {epoch}"]).argmax(dim=1).tolist()
+        titles = shown.run(TITLES)[:50]
         marked = ["classified as" in title for title in titles]
         assert marked == [answer != n // 10 for n, answer in enumerate(predicted)]
         cells = shown.all(f"#strip label:nth-of-type(4n + {epoch + 1})")
@@ -503,22 +504,20 @@ def test_nothing_overlaps_is_cut_off_or_too_small_to_tap(opened, place):
         assert shown.run(PROBLEMS) == [], size
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_no_violation(opened, tmp_path_factory, scheme):
-    directory = tmp_path_factory.getbasetemp()
-    command = ["npm", "install", "--no-save", "--prefix", directory, "axe-core"]
+def test_axe_finds_no_violation(opened, tmp_path):
+    command = ["npm", "install", "--no-save", "--prefix", tmp_path, "axe-core"]
     try:
         subprocess.run(command, check=True, capture_output=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
         pytest.skip("needs npm, and axe-core from its registry")
     shown = opened("MNIST/epoch-8/image-33/C3-2-6-6")
     shown.find("#explanation summary").click()
-    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    shown.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-    shown.run((directory / "node_modules" / "axe-core" / "axe.min.js").read_text("utf-8"))
+    shown.run((tmp_path / "node_modules" / "axe-core" / "axe.min.js").read_text("utf-8"))
     code = """axe.run({runOnly: ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]}).then(
         ({violations}) => arguments[0](violations.map(({id, nodes}) =>
           [id, nodes.length, nodes[0].html])));"""
-    assert shown.browser.execute_async_script(code) == []
-    names = shown.run(TITLES)
-    assert len(names) == len(set(names)) == 150
+    for scheme in ("dark", "light"):
+        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        shown.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        assert shown.browser.execute_async_script(code) == [], scheme
+    assert len(set(shown.run(TITLES))) == 150  # no two have the same name

@@ -126,6 +126,13 @@ def test_training_matches_plain_pytorch(tmp_path, start, stop_at, data_dir, monk
     assert run["epoch"] == len(run["history"]) == len(epochs)
 
 
+def test_reported_loss_is_exact():
+    logits, labels = torch.randn(500, 10), torch.randint(10, (500,))
+    losses = -logits.double().log_softmax(dim=1)[range(500), labels]
+    expected = [losses.sum().item(), (logits.argmax(dim=1) == labels).sum().item()]
+    assert train.loss_and_correct(logits, labels).tolist() == pytest.approx(expected)
+
+
 def test_two_epochs_on_10_000_real_images_learn(tmp_path, real_data, start, capsys, no_plots):
     argv = ["--dataset=FashionMNIST", f"--data-dir={real_data}", "--limit=10000", "--epochs=2"]
     start(tmp_path, *argv)
