@@ -257,7 +257,7 @@ function renderPanel() {
   const {layer, i} = value, explained = explain(net, steps, value);
   const rows = explained.flatMap(step => RENDER[step.kind](step, layer));
   const difference = pinned && layer === lastLayer() && canCompare(net) ? renderDifference(i) : [];
-  const maps = pinned && layer.index && layer.after.area > 1 ? renderMaps(value) : [];
+  const maps = pinned && layer.index && layer.after.area > 1 ? renderMaps(value, explained[0]) : [];
   element("title").textContent = `${valueName(value)}: ${show(valuesOf(layer)[i], layer.decimals)}`;
   element("unpin").textContent = pinned ? "Unpin (Esc)" : "Pin";
   element("slide").hidden = !maps.length;
@@ -277,7 +277,9 @@ const RENDER = {
   },
   sum(step, layer) {
     const {name} = state.net.layers[layer.index - 1];
-    const title = `Contributions from ${name}, strongest first (red adds, blue subtracts)`;
+    const windows = step.terms[0].window.length > 1;
+    const terms = windows ? `Windows of ${name} × kernels` : `Values of ${name} × weights`;
+    const title = `${terms}, strongest first (red adds, blue subtracts)`;
     const total = show(step.total, step.digits.result);
     return [caption(title), ...sumRows(step, layer), row("Sum", total)];
   },
@@ -308,11 +310,9 @@ function sumRows({terms, bias, rounding, digits}, layer) {
 
 // One value times one weight. A click on its name selects the value.
 function unitTerm({indices: [i], window, kernel, digits, bar}, {index}) {
-  const layer = state.net.layers[index - 1], name = valueName({layer, i}).replace(/.*?, /, "");
-  const onclick = () => select({layer, i}, true);
-  const link = make("button", {className: "link", key: name, onclick}, name);
+  const name = valueName({layer: state.net.layers[index - 1], i}).replace(/.*?, /, "");
   const weight = inParentheses(show(kernel[0], digits.weights));
-  return make("p", {className: "term"}, span("name", link),
+  return make("p", {className: "term"}, span("name", name),
     span("product", `${show(window[0], digits.inputs)} × ${weight}`), ...bar);
 }
 
@@ -327,7 +327,7 @@ function mapTerm({map, window, kernel, products, total, digits, bar}, {index, wi
     span("", "× ", cells(kernel, color, digits.weights, "kernel")),
     span("", "= ", cells(products, diverging(maxAbs(products)), digits.result,
       `products, in total ${show(total, digits.result)}`)))];
-  const title = span("name", name.replace(/.*, /, ""));
+  const title = span(state.pinned ? "name" : "wide name", name.replace(/.*, /, ""));
   if (!state.pinned) return make("p", {className: "term"}, title, ...bar); // pictures would be slow
   const pictures = [picture(shape, window, shade), " × ", picture(shape, kernel, color)];
   return details(`map ${map}`, [title, span("product", ...pictures), ...bar], equation);
@@ -338,11 +338,13 @@ function renderDifference(first) {
   const {net, steps} = state, {classes} = net, second = state.rival ?? rivalOf(first);
   const step = explainDifference(net, steps, first, second);
   const options = classes.map((name, i) => new Option(name, i, false, i === second));
+  options.splice(first, 1);
   const choice = make("select", {key: "rival", ariaLabel: "Class to compare with"}, ...options);
   choice.onchange = () => compare(first, Number(choice.value));
   const [name, other] = [classes[first], classes[second]];
   const text = `Values × differences of weights: red speaks for ${name}, blue for ${other}`;
-  return [make("h3", {}, `Why ${name} and not `, choice, "?"), caption(text),
+  const question = step.total < 0 ? `Why not ${name}, but ` : `Why ${name} and not `;
+  return [make("h3", {}, question, choice, "?"), caption(text),
     ...sumRows(step, lastLayer()),
     row(`Score of ${name} − score of ${other}`, show(step.total, step.digits.result))];
 }
@@ -357,9 +359,9 @@ function rivalOf(first) {
 
 // --- The sliding window --------------------------------------------------------------------------
 
-// The map of a value and the first map that it sees, enlarged. While the window slides, the map
-// fills in.
-function renderMaps({layer, i}) {
+// The map of a value and a map that it sees (an opened one, or the first), enlarged. While the
+// window slides, the map fills in.
+function renderMaps({layer, i}, {terms = []}) {
   const {net, boxes} = state, source = net.layers[layer.index - 1];
   const enlarge = (layer, map, arrow, values) => {
     const view = makeView(layer, [map]);
@@ -371,7 +373,8 @@ function renderMaps({layer, i}) {
   const [result, figure] = enlarge(layer, own, "→ ", valuesOf(layer).subarray(0, done));
   makeSelectable(result, `${mapName(layer, own)}, enlarged. Arrow keys move the window`);
   result.element.dataset.key = "result";
-  return [enlarge(source, boxes[source.index].first, "")[1], figure];
+  const seen = terms.find(({map}) => state.opened.has(`map ${map}`));
+  return [enlarge(source, seen?.map ?? boxes[source.index].first, "")[1], figure];
 }
 
 // Slide from the first position of the map to the last, or stop.
@@ -380,10 +383,10 @@ function slide(on) {
   state.slide = on;
   clearInterval(timers.slide);
   if (!on) return renderPanel();
-  const {layer, i} = state.value, {area} = layer.after;
+  const {layer, i} = state.value, {area} = layer.after, step = Math.ceil(area / 400);
   const next = () => {
-    if (state.value.i % area === area - 1) slide(false);
-    else select({layer, i: state.value.i + 1}, true);
+    if (state.value.i % area >= area - step) slide(false);
+    else select({layer, i: state.value.i + step}, true);
   };
   timers.slide = setInterval(next, clamp(12000 / area, 30, 250));
   select({layer, i: i - (i % area)}, true);
@@ -437,10 +440,9 @@ function setImage(n) {
 function update() {
   const {net, epoch, image, n} = state;
   state.steps = forward(net, image);
-  if (n >= 0 && epoch === net.final && !agrees(net, n, valuesOf(lastLayer()))) {
-    element("problem").hidden = false;
-    document.querySelector("main").hidden = true;
-  }
+  const wrong = n >= 0 && epoch === net.final && !agrees(net, n, valuesOf(lastLayer()));
+  element("problem").hidden = !wrong;
+  document.querySelector("main").hidden = wrong;
   state.views.forEach(view => paintView(view));
   renderAnswer();
   renderPanel();
@@ -538,7 +540,7 @@ const compare = (first, second) => select({layer: lastLayer(), i: first}, true, 
 // --- Training ------------------------------------------------------------------------------------
 
 function setEpoch(epoch, n = state.n) {
-  const {net, cell} = state, number = net.epochs[epoch], final = epoch === net.final;
+  const {net} = state, number = net.epochs[epoch], final = epoch === net.final;
   const counts = net.classes.map((_, label) => confusions(net, epoch, label));
   const total = sum(counts.map(sum)), correct = sum(counts.map((row, label) => row[label]));
   const stage = number ? `Epoch ${number}${final ? " (final)" : ""}` : "Before training";
@@ -550,7 +552,7 @@ function setEpoch(epoch, n = state.n) {
   element("when").textContent = text;
   element("epoch").value = epoch;
   element("epoch").setAttribute("aria-valuetext", text);
-  labelStrip(cell === null ? null : counts[cell]);
+  labelStrip();
   const next = isError(n) && !final ? 0 : n; // the errors are those of the final epoch
   if (next !== state.n) return setImage(next);
   labelImages();
@@ -576,6 +578,7 @@ function buildStrip() {
       play(false);
       state.cell = label;
       setEpoch(epoch);
+      element("confused").scrollIntoView({block: "nearest"});
     };
     return make("label", {title, className, style}, show(100 * accuracy, 0),
       make("input", {type: "radio", name: "cell", ariaLabel: title, onchange}));
@@ -584,22 +587,21 @@ function buildStrip() {
     ...classes.flatMap((name, label) => [span("name", name), ...epochs.map(cell(name, label))]));
 }
 
-// Mark the current epoch in the table, and describe the test images of the selected cell.
-function labelStrip(counts) {
-  const {net: {classes, epochs}, epoch, cell} = state;
+// Mark the current epoch in the table, and add what the class of the selected cell is taken for.
+function labelStrip() {
+  const {net, net: {classes, epochs}, epoch, cell} = state;
   element("strip").querySelectorAll("label").forEach((choice, i) => {
     const now = i % epochs.length === epoch;
     choice.classList.toggle("now", now);
     choice.lastChild.checked = now && Math.floor(i / epochs.length) === cell;
   });
-  element("strip-note").hidden = Boolean(counts);
-  element("confused").hidden = !counts;
-  if (!counts) return;
-  const others = [...counts.keys()].filter(label => counts[label] && label !== cell)
-    .sort((a, b) => counts[b] - counts[a]).slice(0, 4);
-  const list = others.map(label => `${classes[label]} (${counts[label]})`).join(", ");
-  element("confused").textContent = `${classes[cell]}, epoch ${epochs[epoch]}: ${counts[cell]} of `
-    + `${sum(counts)} test images correct. ${list && `Confused with ${list}.`}`;
+  if (cell === null) return fill(element("confused"));
+  const counts = epochs.map((_, k) => confusions(net, k, cell)), now = counts[epoch];
+  const others = [...now.keys()].filter(label => label !== cell).sort((a, b) => now[b] - now[a]);
+  const title = `${classes[cell]}, epoch ${epochs[epoch]}: ${now[cell]} of ${sum(now)} test images `
+    + "correct. In each epoch, the others were classified as:";
+  fill(element("confused"), make("p", {}, title), ...others.slice(0, 4).flatMap(label =>
+    [span("name", classes[label]), ...counts.map(row => span("", row[label]))]));
 }
 
 // --- The tour ------------------------------------------------------------------------------------
@@ -622,20 +624,20 @@ const EXAMPLES = {
   training() {
     select(null, false);
     setEpoch(0);
-    play(true);
+    timers.play = setTimeout(play, 3000, true); // time to read
   },
 };
 
 function goToStep(step) {
   const steps = [...element("tour").querySelectorAll("p")], {net, image} = state;
-  slide(false);
-  play(false);
   state.tour = step;
   element("tour").hidden = !steps[step];
   steps.forEach((text, k) => { text.hidden = k !== step; });
   element("tour-back").hidden = step === 0;
   element("tour-next").textContent = ["Start the tour", ...Array(5).fill("Next"), "Finish"][step];
   if (!steps[step] || !step) return; // it is over, or only offered
+  slide(false);
+  play(false);
   const {example, look} = steps[step].dataset;
   if (state.epoch !== net.final) setEpoch(net.final);
   if (!image) setImage(0);
@@ -705,8 +707,6 @@ function showNetwork(name, number, n) {
   Object.assign(state, {net, n: null, value: null, boxes: [], pinned: false, cell: null});
   for (const button of element("datasets").children)
     button.ariaPressed = button.textContent === name;
-  element("problem").hidden = true;
-  document.querySelector("main").hidden = false;
   document.body.style.setProperty("--epochs", net.epochs.length);
   element("training").hidden = !net.final;
   element("epoch").max = net.final;
