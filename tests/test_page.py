@@ -401,8 +401,8 @@ def test_window_slides_and_can_be_moved(opened):
     shown = opened("LeNet/epoch-1/image-1/C1-2-6-6")
     button = shown.find("#play-slide")
     button.click()
-    places = set()
-    shown.wait(lambda: places.add(shown.place()) or len(places) > 3)
+    titles = set()
+    shown.wait(lambda: titles.add(shown.text("#title")) or len(titles) > 3)
     assert "Pause" in button.text
     button.click()
     assert "Pause" not in button.text

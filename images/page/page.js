@@ -382,7 +382,7 @@ function slide(on) {
   if (state.slide === on) return;
   state.slide = on;
   clearInterval(timers.slide);
-  if (!on) return renderPanel();
+  if (!on) return select(state.value, state.pinned);
   const {layer, i} = state.value, {area} = layer.after, step = Math.ceil(area / 400);
   const next = () => {
     if (state.value.i % area >= area - step) slide(false);
@@ -532,7 +532,7 @@ function select(value, pinned, rival = value && isSelected(value) ? state.rival 
   Object.assign(state, {value, boxes, pinned, rival});
   outlineLayers();
   renderPanel();
-  saveState();
+  if (!state.slide) saveState(); // browsers limit how often it can be done
 }
 
 const compare = (first, second) => select({layer: lastLayer(), i: first}, true, second);
