@@ -32,11 +32,11 @@ class LeNet(nn.Module):
     def reset_parameters(self):
         """Draw Xavier-uniform weights, scaled by the gain of the activation; zero the biases.
 
-        With AdamW, this is more accurate than PyTorch's default; with Muon, there is no difference.
+        With AdamW alone, this is more accurate than PyTorch's default; with Muon, about equal.
         Source: Glorot and Bengio, "Understanding the difficulty of training deep feedforward
         neural networks", 2010.
         """
-        gain = GAINS.get(type(getattr(self, "sig", None)), RELU_GAIN)  # if no sig: assume ReLU
+        gain = GAINS.get(type(getattr(self, "sig", None)), RELU_GAIN)  # otherwise: assume ReLU
         layers = [m for m in self.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
         for layer in layers:
             last = layer is layers[-1]  # no activation follows it

@@ -69,7 +69,7 @@ def main(argv=None):
     sample = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed))[:64]
     print_report(run, labels, logits, sample)
     directory = output_path(args, run, "predict.png").parent
-    plots.draw_predictions(run, images, labels, logits, sample, directory)
+    plots.draw_predictions(run, images, labels, logits, sample, directory)  # and mistakes.png
     confusion = confusion_matrix(labels, logits.argmax(dim=1), num_classes)
     plots.draw_confusion(run, confusion, directory / "confusion.png")
     print(f"Pictures: {shown(directory)}")

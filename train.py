@@ -42,7 +42,7 @@ def make_parser():
     add("--epochs", type=number(int, 1), default=20, help="passes over the training images")
     add("--batch-size", type=number(int, 1), default=256, help="images per step")
     add("--lr", type=number(float, 1e-12), default=0.05, help="peak learning rate")
-    add("--weight-decay", type=number(float, 0), default=0.015, help="decoupled weight decay")
+    add("--weight-decay", type=number(float, 0), default=0.015, help="weight decay, times lr")
     text = "largest augmentation shift in pixels (default: 1 for digits, 0 for clothes)"
     add("--shift", type=number(int, 0, 28), help=text)
     add("--label-smoothing", type=number(float, 0, 1), default=0.0, help="label smoothing factor")
@@ -90,7 +90,7 @@ class Muon(torch.optim.Optimizer):
 
     A raw gradient is dominated by a few directions; orthogonalizing gives all directions about
     the same size. A convolution's weight is treated as a matrix with one row per output channel.
-    Weight decay is decoupled, as in AdamW.
+    Weights decay by the factor 1 - lr * weight_decay, as in AdamW.
 
     Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024,
     https://kellerjordan.github.io/posts/muon/
@@ -149,7 +149,7 @@ def make_optimizers(model, lr, weight_decay):
     matrices = [p for p in trainable if p.ndim > 1]
     vectors = [p for p in trainable if p.ndim <= 1]
     hidden, output = matrices[:-1], matrices[-1:]
-    muon = Muon([{"params": hidden}], lr, weight_decay=weight_decay)  # a group may be empty
+    muon = Muon([{"params": hidden}], lr, weight_decay=weight_decay)  # a plain [] would fail
     adamw = torch.optim.AdamW(
         [{"params": vectors + output}], lr / 2, weight_decay=2 * weight_decay, fused=True
     )
@@ -305,7 +305,7 @@ def print_start(args, run, model):
     count, val_count = run["counts"]
     print(f"{run['dataset']}: {count:,} images to train on, {val_count:,} for validation")
     logits = utils.fixed_image_logits(model)
-    probabilities = utils.probabilities(logits)
+    probabilities = utils.probabilities(logits)  # the logits, if forward ends in a softmax
     forms = probabilities, probabilities.log()  # what softmax and log_softmax return
     if any(torch.allclose(logits, form, atol=1e-4) for form in forms):
         text = "forward in model.py ends in a softmax, which the loss applies again: remove it"
@@ -365,7 +365,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args, options = parse_args(argv)
     device = utils.choose_device(args.device)
-    torch.empty(31 * 2**20, dtype=torch.uint8)  # freeing it tunes glibc malloc: 25% faster
+    torch.empty(31 * 2**20, dtype=torch.uint8)  # once freed, memory is reused: 25% faster
     path = None
     run = {"name": args.name, "dataset": args.dataset, "options": options, "history": []}
     if args.resume:
