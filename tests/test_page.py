@@ -308,7 +308,7 @@ def test_every_epoch_shows_what_its_weights_do(opened, models):
 
 def test_drawing_is_recognized_centered_if_wanted_and_spoken_at_the_end(opened):
     shown = opened("MNIST/epoch-150/drawing")
-    shown.run("""clearTimeout(timers.speak); window.spoken = []; const region = element("spoken");
+    shown.run("""window.spoken = []; const region = element("spoken");
         new MutationObserver(() => spoken.push([Boolean(state.stroke), region.textContent]))
           .observe(region, {childList: true});""")
     canvas, actions = shown.find("#drawing"), shown.act()

@@ -221,7 +221,7 @@ const mapName = ({name, after: {maps}}, map) => (maps > 1 ? `${name}, map ${map 
 
 function valueName({layer, i}) {
   const {after, name} = layer, {map, row, column} = coordinates(after, i);
-  if (layer === lastLayer()) return `${name}, ${state.net.classes[i]}`;
+  if (layer === lastLayer()) return `${name}, score of ${state.net.classes[i]}`;
   if (after.area === 1) return `${name}, unit ${map + 1}`;
   return `${mapName(layer, map)}, row ${row + 1}, column ${column + 1}`;
 }
@@ -310,9 +310,10 @@ function sumRows({terms, bias, rounding, digits}, layer) {
 
 // One value times one weight. A click on its name selects the value.
 function unitTerm({indices: [i], window, kernel, digits, bar}, {index}) {
-  const name = valueName({layer: state.net.layers[index - 1], i}).replace(/.*?, /, "");
+  const value = {layer: state.net.layers[index - 1], i}, onclick = () => select(value, true);
   const weight = inParentheses(show(kernel[0], digits.weights));
-  return make("p", {className: "term"}, span("name", name),
+  return make("p", {className: "unit term", onclick},
+    span("name", valueName(value).replace(/.*?, /, "")),
     span("product", `${show(window[0], digits.inputs)} × ${weight}`), ...bar);
 }
 
@@ -578,7 +579,6 @@ function buildStrip() {
       play(false);
       state.cell = label;
       setEpoch(epoch);
-      element("confused").scrollIntoView({block: "nearest"});
     };
     return make("label", {title, className, style}, show(100 * accuracy, 0),
       make("input", {type: "radio", name: "cell", ariaLabel: title, onchange}));
@@ -597,10 +597,10 @@ function labelStrip() {
   });
   if (cell === null) return fill(element("confused"));
   const counts = epochs.map((_, k) => confusions(net, k, cell)), now = counts[epoch];
-  const others = [...now.keys()].filter(label => label !== cell).sort((a, b) => now[b] - now[a]);
+  const others = [...now.keys()].filter(label => label !== cell);
   const title = `${classes[cell]}, epoch ${epochs[epoch]}: ${now[cell]} of ${sum(now)} test images `
     + "correct. In each epoch, the others were classified as:";
-  fill(element("confused"), make("p", {}, title), ...others.slice(0, 4).flatMap(label =>
+  fill(element("confused"), make("p", {}, title), ...others.flatMap(label =>
     [span("name", classes[label]), ...counts.map(row => span("", row[label]))]));
 }
 
@@ -688,8 +688,8 @@ const TYPES = {float32: Float32Array, int32: Int32Array, int8: Int8Array, uint8:
 
 // Decode the network of a dataset from the elements at the end of the page.
 function readNetwork(name) {
-  const arrays = {}, all = dataOf("").filter(({dataset}) => dataset.network === name);
-  const [first, ...others] = all;
+  const [first, ...others] = dataOf("").filter(({dataset}) => dataset.network === name);
+  const arrays = {};
   for (const {dataset: {array, type}, textContent} of others) {
     const text = atob(textContent);
     const bytes = new Uint8Array(text.length).map((_, i) => text.charCodeAt(i));
