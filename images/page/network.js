@@ -251,7 +251,7 @@ const confusions = ({arrays: {confusion}, classes: {length}}, epoch, label) =>
 
 // --- Drawings ------------------------------------------------------------------------------------
 
-// The mean of each cell, where a box of the pad is divided into cells. Each has 10x10 points.
+// The rounded mean of each cell, where a box of the pad is divided into cells. It has 10x10 points.
 function shrink(drawing, {top, left, height, width}, shape) {
   const points = (start, length, cells) => count(cells, k =>
     count(10, n => start + Math.floor(((k + (n + 0.5) / 10) * length) / cells)));
@@ -260,7 +260,7 @@ function shrink(drawing, {top, left, height, width}, shape) {
     const {row, column} = coordinates(shape, i);
     let total = 0;
     for (const y of rows[row]) for (const x of columns[column]) total += drawing[y * PAD.width + x];
-    return total / 100;
+    return Math.round(total / 100);
   });
 }
 
@@ -278,7 +278,7 @@ function cropAndCenter(drawing, box, {object_size: size, centered_by_mass: byMas
   const image = new Float64Array(IMAGE.size);
   pixels.forEach((value, i) => {
     const {row, column} = coordinates(shape, i);
-    image[indexOf(IMAGE, 0, top + row, left + column)] = Math.round(value);
+    image[indexOf(IMAGE, 0, top + row, left + column)] = value;
   });
   return image;
 }

@@ -100,8 +100,8 @@ function makeView(layer, maps, rows = 1, zoom = 1) {
     return gap ? -1 : indexOf(after, map, row, column);
   });
   const canvas = make("canvas", {height, width}), frames = make("div", {});
-  const element = make("div", {className: "view"}, canvas, frames);
-  return {layer, zoom, height, width, pixels, canvas, frames, element};
+  const root = make("div", {className: "view"}, canvas, frames);
+  return {layer, zoom, height, width, pixels, canvas, frames, root};
 }
 
 function paintView({canvas, layer, pixels}, values = valuesOf(layer)) {
@@ -109,12 +109,12 @@ function paintView({canvas, layer, pixels}, values = valuesOf(layer)) {
 }
 
 // Frame a box of rows and columns in some maps. A box of all values is outlined instead.
-function frameView({layer: {after}, zoom, pixels, frames, element, ...size}, box) {
+function frameView({layer: {after}, zoom, pixels, frames, root, ...size}, box) {
   const {first, last, top, left, height, width} = box ?? {first: 0, last: -1};
   const all = (last - first + 1) * height * width === after.size;
   const starts = count(all ? 0 : last - first + 1, n =>
     pixels.indexOf(indexOf(after, first + n, top, left)));
-  element.classList.toggle("marked", all);
+  root.classList.toggle("marked", all);
   fill(frames, ...starts.filter(start => start >= 0).map(start => placeFrame(make("i", {}), {
     left: start % size.width, top: Math.floor(start / size.width),
     width: width * zoom, height: height * zoom,
@@ -132,7 +132,7 @@ function makeSelectable(view, ariaLabel) {
   };
   const onkeydown = event => moveValue(view, event);
   const properties = {tabIndex: 0, role: "application", ariaLabel, onkeydown, ...onPointer(at)};
-  return Object.assign(view.element, properties);
+  return Object.assign(view.root, properties);
 }
 
 const onPointer = at => ({
@@ -308,7 +308,7 @@ function sumRows({terms, bias, rounding, digits}, layer) {
   return rows;
 }
 
-// One value times one weight. A click on its name selects the value.
+// One value times one weight. A click selects the value.
 function unitTerm({indices: [i], window, kernel, digits, bar}, {index}) {
   const value = {layer: state.net.layers[index - 1], i}, onclick = () => select(value, true);
   const weight = inParentheses(show(kernel[0], digits.weights));
@@ -368,12 +368,12 @@ function renderMaps({layer, i}, {terms = []}) {
     const view = makeView(layer, [map]);
     paintView(view, values);
     frameView(view, boxes[layer.index]);
-    return [view, make("figure", {}, caption(arrow + mapName(layer, map)), view.element)];
+    return [view, make("figure", {}, caption(arrow + mapName(layer, map)), view.root)];
   };
   const own = coordinates(layer.after, i).map, done = state.slide ? i + 1 : layer.after.size;
   const [result, figure] = enlarge(layer, own, "→ ", valuesOf(layer).subarray(0, done));
   makeSelectable(result, `${mapName(layer, own)}, enlarged. Arrow keys move the window`);
-  result.element.dataset.key = "result";
+  result.root.dataset.key = "result";
   const seen = terms.find(({map}) => state.opened.has(`map ${map}`));
   return [enlarge(source, seen?.map ?? boxes[source.index].first, "")[1], figure];
 }
