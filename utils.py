@@ -143,7 +143,7 @@ def run_script(main):
             status = 130
             print(f"\nStopped. {stop}".rstrip(), file=sys.stderr)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has exited, as head does
+    except BrokenPipeError:  # the reader, such as head, has exited: drop the rest
         status = status or 128 + 13  # what a shell reports
         for stream in (sys.stdout, sys.stderr):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -340,8 +340,8 @@ def download_split(dataset_class, data_dir, train):
                     return read_split(dataset_class, data_dir, train, download=True)
                 except (OSError, RuntimeError, HTTPException) as error:
                     reason = " ".join(str(error).split())
-            for partial_file in set(raw.glob("*-ubyte*")) - old_files:
-                partial_file.unlink()
+            for new_file in set(raw.glob("*-ubyte*")) - old_files:
+                new_file.unlink()
     except OSError as error:  # the directory is not writable
         reason = str(error)
     finally:
