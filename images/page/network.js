@@ -86,12 +86,12 @@ function receptiveField(layers, {layer, i}) {
 // The smallest box around all values of a map that are not 0. It may be empty.
 function boundingBox({height, width}, values) {
   let [top, bottom, left, right] = [height, -1, width, -1];
-  values.forEach((value, i) => {
-    if (!value) return;
+  for (let i = 0; i < values.length; i++) {
+    if (!values[i]) continue;
     const row = Math.floor(i / width), column = i % width;
     [top, bottom] = [Math.min(top, row), row];
     [left, right] = [Math.min(left, column), Math.max(right, column)];
-  });
+  }
   return bottom < 0 ? {top: 0, left: 0, height: 0, width: 0}
     : {top, left, height: bottom - top + 1, width: right - left + 1};
 }
