@@ -136,7 +136,7 @@ def opened(browser):
     """Open an address: opened(place). Check for errors and requests after the test."""
     shown = Page(browser)
     shown.resize(1366, 768)
-    shown.run("document.getElementById('tour-close').click()")
+    shown.run("state.stroke = null; document.getElementById('tour-close').click()")
     if not shown.find("#centered").is_selected():
         shown.find("#centered").click()
     code = """history.replaceState(null, '', '#');

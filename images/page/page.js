@@ -341,7 +341,7 @@ function renderDifference(first) {
   const options = classes.map((name, i) => new Option(name, i, false, i === second));
   options.splice(first, 1);
   const choice = make("select", {key: "rival", ariaLabel: "Class to compare with"}, ...options);
-  choice.onchange = () => compare(first, Number(choice.value));
+  choice.onchange = () => select(state.value, true, Number(choice.value));
   const [name, other] = [classes[first], classes[second]];
   const text = `Values × differences of weights: red speaks for ${name}, blue for ${other}`;
   const question = step.total < 0 ? `Why not ${name}, but ` : `Why ${name} and not `;
@@ -446,7 +446,9 @@ function update() {
   document.querySelector("main").hidden = wrong;
   state.views.forEach(view => paintView(view));
   renderAnswer();
-  renderPanel();
+  clearTimeout(timers.panel);
+  if (state.stroke) timers.panel = setTimeout(renderPanel, 100); // when the pen rests: it is slow
+  else renderPanel();
   saveState();
 }
 
@@ -460,7 +462,7 @@ function renderAnswer() {
   element("verdict").className = correct ? "" : "mistake";
   const why = image ? `Why ${classes[answer]} and not ${classes[rival]}?` : "Why?";
   Object.assign(element("why"), {hidden: !canCompare(net), disabled: !image, textContent: why});
-  element("why").onclick = () => compare(answer, rival);
+  element("why").onclick = () => select({layer: lastLayer(), i: answer}, true, rival);
   [...element("classes").children].forEach(({firstChild: {children: [, bar, number]}}, i) => {
     bar.style.width = `${image ? 100 * chances[i] : 0}%`;
     number.textContent = image ? percent(chances[i]) : "";
@@ -535,8 +537,6 @@ function select(value, pinned, rival = value && isSelected(value) ? state.rival 
   renderPanel();
   if (!state.slide) saveState(); // browsers limit how often it can be done
 }
-
-const compare = (first, second) => select({layer: lastLayer(), i: first}, true, second);
 
 // --- Training ------------------------------------------------------------------------------------
 
@@ -677,7 +677,7 @@ function restoreState() {
   const {height, width, area} = layer.after;
   if (area === 1) select({layer, i: map}, true);
   else if (a < height && b < width) select({layer, i: indexOf(layer.after, map, a, b)}, true);
-  if (layer === lastLayer() && net.classes[a]) compare(map, a);
+  if (layer === lastLayer() && net.classes[a] && a !== map) select({layer, i: map}, true, a);
 }
 
 // --- Start ---------------------------------------------------------------------------------------
