@@ -117,7 +117,7 @@ class Muon(torch.optim.Optimizer):
                 average = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
                 update = newton_schulz(p.grad.lerp(average, momentum).flatten(1))
                 rows, columns = update.shape
-                update = update.view(p.shape) * max(1, rows / columns) ** 0.5  # as in Muon's code
+                update = update.view(p.shape) * max(1, rows / columns) ** 0.5  # Muon's 2-D factor
                 p.mul_(1 - lr * decay).sub_(lr * update)
         return loss
 
@@ -149,7 +149,7 @@ def make_optimizers(model, lr, weight_decay):
     matrices = [p for p in trainable if p.ndim > 1]
     vectors = [p for p in trainable if p.ndim <= 1]
     hidden, output = matrices[:-1], matrices[-1:]
-    muon = Muon([{"params": hidden}], lr, weight_decay=weight_decay)  # a plain [] would fail
+    muon = Muon([{"params": hidden}], lr, weight_decay=weight_decay)  # hidden may be empty
     adamw = torch.optim.AdamW(
         [{"params": vectors + output}], lr / 2, weight_decay=2 * weight_decay, fused=True
     )
@@ -365,7 +365,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args, options = parse_args(argv)
     device = utils.choose_device(args.device)
-    torch.empty(31 * 2**20, dtype=torch.uint8)  # so malloc reuses up to 31 MB: 25% faster
+    torch.empty(31 * 2**20, dtype=torch.uint8)  # so malloc keeps freed blocks: 25% faster
     path = None
     run = {"name": args.name, "dataset": args.dataset, "options": options, "history": []}
     if args.resume:
