@@ -34,7 +34,6 @@ class Arithmetic(nn.Conv2d):  # with one value for all maps and with one for eac
 
 
 TITLES = "return [...element('images').children].map(({title}) => title);"
-
 NETWORKS = {  # together they contain all operations that the page supports
     "LeNet": LeNet,
     "</script>": lambda: nn.Sequential(
@@ -253,7 +252,14 @@ def test_explanations_give_the_shown_result_on_a_calculator(opened, name):
         const result = explained.reduce((before, step) =>
           (isNaN(before) ? NaN : check[step.kind](step, before)), null);
         const value = round(steps[layer.index].at(-1)[i], layer.decimals);
-        return result === (layer === last ? result : value) ? []
+        const sources = layer.windows?.slides ? sourcesOf(layer, i) : [];
+        const places = sources.flatMap(({indices}) => indices.filter(index => index >= 0));
+        const from = places.map(index => coordinates(layer.before, index));
+        const ends = name => [Math.min, Math.max].map(end => end(...from.map(at => at[name])));
+        const box = from.length && receptiveField(net.layers, {layer, i}).at(-2);
+        const right = !box || `${["map", "row", "column"].map(ends)}` === `${[box.first, box.last,
+          box.top, box.top + box.height - 1, box.left, box.left + box.width - 1]}`;
+        return right && result === (layer === last ? result : value) ? []
           : [[layer.name, i, explained.map(({text, total}) => [text, total])]];
       });
     });"""
@@ -267,8 +273,7 @@ def test_explanations_give_the_shown_result_on_a_calculator(opened, name):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_other_networks_compute_what_pytorch_does(opened, models, name):
     shown = opened("Wrong")
-    assert not shown.find("main").is_displayed()
-    assert "results differ from PyTorch's" in shown.text("#problem")
+    assert [each.is_displayed() for each in shown.all("#problem, main")] == [True, False]
     opened(quote(name, safe=""))
     expected = assert_same_logits(shown, models[name])
     assert shown.text("#answer") == f"{name} {expected[0].argmax()}"
@@ -322,7 +327,7 @@ def test_drawing_is_recognized_centered_if_wanted_and_spoken_at_the_end(opened):
     assert [[stroke, text[:2]] for stroke, text in shown.run("return spoken")] == [[False, "7,"]]
     row = """const values = [...state.image], total = sum(values);
         return sum(values.map((value, i) => value * Math.floor(i / 28))) / total;"""
-    assert shown.run(row) == pytest.approx(13.5, abs=1)
+    assert 13.5 <= shown.run(row) < 14.5
     assert shown.find("#crop").size["height"] == pytest.approx(133, abs=4)
     shown.find("#centered").click()
     assert shown.run(row) < 9
@@ -342,7 +347,6 @@ def test_lost_pointer_ends_the_stroke(opened):
 def test_everything_can_be_done_with_the_keyboard(opened):
     shown = opened("MNIST/epoch-150/image-12")
     shown.find("#clear").send_keys(Keys.ENTER)
-    assert shown.text("#answer") == ""
     shown.find("[aria-label^='C1,']").send_keys(*2 * [Keys.ARROW_RIGHT], Keys.ENTER)
     assert shown.text("#title").startswith("C1, map 1, row 1, column 2: ")
     shown.act(Keys.ESCAPE).perform()
@@ -388,8 +392,9 @@ def test_why_compares_a_wrong_answer_with_the_true_class(opened):
     label, answer = re.match(r"(.*?) \d+, classified as (.*)", title).groups()
     assert shown.text("#why") == f"Why {answer} and not {label}?"
     shown.find("#why").click()
-    assert shown.text("#explanation option:checked") == label
     names = utils.DATASETS["FashionMNIST"].classes
+    others = [name for name in names if name != answer]
+    assert shown.text("h3").split("\n") == [f"Why {answer} and not", *others, "?"]
     classes = f"Output-{names.index(answer) + 1}-{names.index(label) + 1}"
     assert shown.place().endswith(f"/image-101/{classes}")
     shown.find("#strip input").click()  # the errors are those of the final epoch
@@ -405,7 +410,6 @@ def test_window_slides_and_can_be_moved(opened):
     shown.wait(lambda: titles.add(shown.text("#title")) or len(titles) > 3)
     assert "Pause" in button.text
     button.click()
-    assert "Pause" not in button.text
     row, column = shown.place().split("-")[-2:]
     shown.find("#maps [tabindex]").send_keys(Keys.ARROW_DOWN)
     shown.act(Keys.ARROW_DOWN).perform()  # it still has the focus
