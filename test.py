@@ -67,10 +67,10 @@ def main(argv=None):
     images, labels = utils.load_images(run["dataset"], args.data_dir, "test")
     logits = utils.predict(model, images.to(device), mean=run["mean"], std=run["std"]).cpu()
     sample = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed))[:64]
-    print_report(run, labels, logits, sample)
+    confusion = utils.confusion_matrix(labels, logits.argmax(dim=1), num_classes)
+    print_report(run, labels, logits, confusion, sample)
     directory = output_path(args, run, "predict.png").parent
     plots.draw_predictions(run, images, labels, logits, sample, directory)  # and mistakes.png
-    confusion = confusion_matrix(labels, logits.argmax(dim=1), num_classes)
     plots.draw_confusion(run, confusion, directory / "confusion.png")
     print(f"Pictures: {shown(directory)}")
     model.cpu()  # features and page need it there
@@ -85,15 +85,15 @@ def main(argv=None):
         print(f"Page:     not written, because this network cannot be shown: {error}")
 
 
-def print_report(run, labels, logits, sample):
+def print_report(run, labels, logits, confusion, sample):
     """Print the loss, and the accuracy on all images, by class, and on those in `sample`.
 
     Args:
         labels: int64, N; logits: float, N x classes; sample: indices of images, int64.
+        confusion: the confusion matrix, as `utils.confusion_matrix` returns it.
     """
     dataset, classes = run["dataset"], DATASETS[run["dataset"]].classes
-    predicted = logits.argmax(dim=1)
-    correct = predicted == labels
+    correct = logits.argmax(dim=1) == labels
     count, num_correct = len(labels), correct.sum().item()
     low, high = wilson_interval(num_correct, count)
     interval = f"95% CI {100 * low:.2f}-{100 * high:.2f}"
@@ -101,7 +101,6 @@ def print_report(run, labels, logits, sample):
     print(f"Test accuracy on {dataset}: {accuracy}")
     print(f"Test loss on {dataset}: {F.cross_entropy(logits, labels):.4f} ({count:,} images)\n")
 
-    confusion = confusion_matrix(labels, predicted, len(classes))
     print(f"{'True class':<13}{'Accuracy':>18}   Most often confused with")
     for label, row in enumerate(confusion):
         num_correct, total = row[label].item(), row.sum().item()
@@ -124,12 +123,6 @@ def wilson_interval(num_correct, count, z=1.96):
     center = p + z**2 / (2 * count)
     margin = z * math.sqrt(p * (1 - p) / count + z**2 / (4 * count**2))
     return (center - margin) / (1 + z**2 / count), (center + margin) / (1 + z**2 / count)
-
-
-def confusion_matrix(labels, predicted, num_classes):
-    """Count how often each true class (row) was predicted as each class (column); int64."""
-    pairs = labels * num_classes + predicted
-    return pairs.bincount(minlength=num_classes**2).view(num_classes, num_classes)
 
 
 if __name__ == "__main__":

@@ -475,6 +475,12 @@ def probabilities(outputs):
     return outputs.softmax(dim=1)
 
 
+def confusion_matrix(labels, predicted, num_classes):
+    """Count how often each true class (row) was predicted as each class (column); int64."""
+    pairs = labels * num_classes + predicted
+    return pairs.bincount(minlength=num_classes**2).view(num_classes, num_classes)
+
+
 # --- Devices --------------------------------------------------------------------------------------
 
 

@@ -78,8 +78,8 @@ def describe_network(run, model, images, labels, logits):
     shown = torch.cat([samples, errors])
     epochs = list(quantized_epochs(run, model, images))
     predictions = [epoch[3] for epoch in epochs] + [logits.argmax(dim=1)]
-    classes = len(dataset.classes)
-    confusion = [(labels * classes + p).bincount(minlength=classes**2) for p in predictions]
+    num_classes = len(dataset.classes)
+    confusion = [utils.confusion_matrix(labels, p, num_classes) for p in predictions]
     x = utils.normalize(F.pad(images[samples[::5]], [2] * 4), run["mean"], run["std"])
     description = {"classes": dataset.classes, "object_size": dataset.object_size}
     description |= {"centered_by_mass": dataset.centered_by_mass, "samples": len(samples)}
