@@ -36,7 +36,8 @@ from filelock import FileLock, Timeout
 from images.glyphs import draw_glyphs
 
 gc.enable()
-gc.freeze()  # later passes, such as those at exit, skip these objects, too
+if not hasattr(builtins, "get_ipython"):  # another %run would freeze the notebook's garbage
+    gc.freeze()  # later passes, such as those at exit, skip these objects, too
 
 ROOT = Path(__file__).resolve().parent
 
@@ -349,7 +350,7 @@ def download_split(dataset_class, data_dir, train):
         dataset_class.mirrors = mirrors
     text = f"and cannot be downloaded ({reason}): put its four .gz files into {shown(raw)}"
     if old_files:
-        raise Error(f"{name} is incomplete or damaged {text} and delete its other files")
+        raise Error(f"{name} is incomplete or damaged {text}, and delete all other files there")
     raise Unavailable(f"{name} is missing {text}")
 
 
